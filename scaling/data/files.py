@@ -1,0 +1,68 @@
+"""From the globs of a spec to files."""
+
+import glob
+import os
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from scaling.errors import UserError
+
+PYTHON_STDLIB = "python-stdlib"
+"""The special entry of a text dataset: text that every machine has."""
+
+
+def matching_files(patterns: Sequence[str], field: str, *, with_stdlib: bool) -> list[Path]:
+    """The files that the globs match, sorted within each glob, each file once; `field` is what errors call the list.
+
+    Globs are relative to the working folder, `**` matches folders at any depth. UserError for one that matches nothing.
+    """
+    found: dict[Path, None] = {}  # a dict and not a set: it keeps the order
+    for pattern in patterns:
+        if with_stdlib and pattern == PYTHON_STDLIB:
+            matches = _standard_library()
+        else:
+            matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+        if not matches:
+            raise UserError(
+                f'`{field}` must match files, but "{pattern}" matches none in {Path.cwd()}; '
+                "correct it, or start from the folder that it is relative to"
+            )
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def refuse_shared_files(train: Sequence[Path], validation: Sequence[Path]) -> None:
+    """UserError where a file is in both lists: a loss measured on training data would look too good."""
+    resolved = {path.resolve() for path in train}
+    for path in validation:
+        if path.resolve() in resolved:
+            raise UserError(
+                f"`data.validation` must not share files with data.train, but {path} is in both; "
+                "narrow one of them, or set `data.validation` to a fraction"
+            )
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to raise for an input file that the system does not let us read."""
+    return UserError(
+        f"data file {path} must be readable, but is not: {error.strerror or error}; correct that or leave it out"
+    )
+
+
+def is_standard_library(path: Path) -> bool:
+    """Whether the file was found as part of the standard library."""
+    return path.is_relative_to(_library_folder())
+
+
+def _library_folder() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _standard_library() -> list[Path]:
+    """Its .py files, without installed packages, in an order that does not depend on where Python is installed."""
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(_library_folder()):
+        subfolders[:] = [name for name in subfolders if name not in ("site-packages", "dist-packages")]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)

@@ -1,0 +1,31 @@
+"""Random numbers that are a pure function of where they are used, the same on any machine and numpy."""
+
+import numpy as np
+
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio, odd: the distance between the inputs of neighbours."""
+_MASK = 2**64 - 1
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """A bijective hash of uint64 values of any shape, in which each input bit changes half the output bits.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+    """
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def derive(*words: int) -> int:
+    """One 64-bit key from whole numbers; another order or number of words gives another key."""
+    key = 0
+    for word in words:
+        # An array of one element, because numpy warns when a scalar overflows and stays silent for arrays.
+        key = int(mix(np.array([(key + word + GOLDEN) & _MASK], dtype=np.uint64))[0])
+    return key
+
+
+def derive_each(key: int, words: np.ndarray) -> np.ndarray:
+    """`derive`'s last step for an array of words (uint64, any shape): one key for each."""
+    return mix(words + np.uint64((key + GOLDEN) & _MASK))

@@ -1,0 +1,121 @@
+"""Which rank reads which samples when, and reading ahead of the training loop.
+
+Nothing here ends early on one rank: the number of micro-batches follows from the arguments alone.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from scaling.data.dataset import IGNORED, Dataset, MicroBatch
+from scaling.data.order import sample_indices
+
+_STEPS_AHEAD = 2
+"""Steps that wait in memory while one trains: one more than needed, for steps that take longer to read than others."""
+_STOP_CHECK_S = 0.1
+_STOP_WAIT_S = 5.0
+"""How long closing waits for a read under way, on storage that hangs, say; the thread dies with the process."""
+T = TypeVar("T")
+
+
+def step_batches(
+    dataset: Dataset,
+    *,
+    seed: int,
+    micro_batch: int,
+    accumulation: int,
+    rank: int,
+    world_size: int,
+    first_step: int,
+    last_step: int,
+    device: torch.device,
+) -> Generator[list[MicroBatch], None, None]:
+    """The micro-batches of this rank, `accumulation` of them for each optimizer step first_step .. last_step-1.
+
+    Step k is made of the global samples k B .. (k+1) B - 1, where B = micro_batch x world_size x accumulation, for any
+    world size: micro-step a of rank r takes `micro_batch` of them from k B + (a world_size + r) micro_batch on.
+
+    From the first `next` on, a thread reads ahead, into pinned memory if the device is a GPU. What it raises is raised
+    here, as it is; `close()` ends it.
+    """
+    assert 0 <= rank < world_size and micro_batch > 0 and accumulation > 0 and first_step >= 0
+    on_gpu = device.type == "cuda"
+    gpu = torch.cuda.current_device() if on_gpu and device.index is None else device.index  # a new thread's is always 0
+
+    def read_step(step: int) -> list[MicroBatch]:
+        batches: list[MicroBatch] = []
+        for micro_step in range(accumulation):
+            number = (step * accumulation + micro_step) * world_size + rank
+            batch = dataset.read(sample_indices(number * micro_batch, micro_batch, len(dataset), seed))
+            batches.append(_pinned(batch) if on_gpu else batch)
+        return batches
+
+    def steps() -> Iterator[list[MicroBatch]]:
+        if on_gpu:
+            torch.cuda.set_device(gpu)  # or pinning would occupy some hundred MB of GPU 0 from every rank
+        return map(read_step, range(first_step, last_step))
+
+    return _read_ahead(steps)
+
+
+def validation_batches(
+    dataset: Dataset, *, samples: int, micro_batch: int, rank: int, world_size: int
+) -> Iterator[MicroBatch]:
+    """This rank's share of a fixed set: the first `samples` samples of the dataset, or all if it has fewer.
+
+    Over all ranks each sample comes once, and each rank gets as many batches as the others: places that are left over
+    at the end hold the last sample with all targets masked.
+    """
+    assert 0 <= rank < world_size and micro_batch > 0
+    samples = min(samples, len(dataset))
+    for first in range(0, samples, micro_batch * world_size):
+        indices = first + rank * micro_batch + np.arange(micro_batch)
+        batch = dataset.read(np.minimum(indices, samples - 1))
+        batch.targets[torch.from_numpy(indices >= samples)] = IGNORED
+        yield batch
+
+
+def _pinned(batch: MicroBatch) -> MicroBatch:
+    return MicroBatch(batch.inputs.pin_memory(), batch.targets.pin_memory())
+
+
+def _read_ahead(start: Callable[[], Iterator[T]]) -> Generator[T, None, None]:
+    """The items of start(), which a thread of its own calls and walks through, a few items ahead."""
+    ready: queue.Queue[tuple[list[T], BaseException | None]] = queue.Queue(maxsize=_STEPS_AHEAD)
+    closed = threading.Event()
+
+    def offer(items: list[T], error: BaseException | None = None) -> None:
+        while not closed.is_set():
+            try:
+                ready.put((items, error), timeout=_STOP_CHECK_S)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in start():
+                offer([item])
+                if closed.is_set():
+                    return
+            offer([])  # the end
+        except BaseException as error:
+            offer([], error)
+
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            items, error = ready.get()
+            if error is not None:
+                raise error
+            if not items:
+                return
+            yield items[0]
+    finally:
+        closed.set()
+        thread.join(_STOP_WAIT_S)

@@ -1,0 +1,69 @@
+"""From text to token ids: bytes as they are, or a tokenizer.json of Hugging Face's."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from scaling.errors import UserError
+
+_ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+"""What GPT-2 and Qwen, Llama 2 and T5, Llama 3, and Gemma call the token between two documents."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A way to turn documents into ids."""
+
+    identity: str
+    """Two tokenizers of one identity give equal ids."""
+    vocabulary: int
+    """One more than the largest id."""
+    encode: Callable[[Sequence[str]], list[np.ndarray]]
+    """Ids of each document, each an array of integers that ends with the end-of-text token where there is one."""
+
+
+def open_tokenizer(name: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer of this name ("bytes" or the path of a tokenizer.json), checked against the model's vocab_size."""
+    tokenizer = Tokenizer("bytes", 256, _encode_bytes) if name == "bytes" else _open_file(Path(name))
+    if tokenizer.vocabulary > vocab_size:
+        raise UserError(
+            f"`model.vocab_size` must be at least {tokenizer.vocabulary} for the tokenizer {name}, "
+            f"but is {vocab_size}; set it to {tokenizer.vocabulary}, or to the next multiple of 128 for speed"
+        )
+    return tokenizer
+
+
+def _encode_bytes(texts: Sequence[str]) -> list[np.ndarray]:
+    return [np.frombuffer(text.encode("utf-8") + b"\0", dtype=np.uint8) for text in texts]
+
+
+def _open_file(path: Path) -> Tokenizer:
+    import tokenizers  # here, because most runs on bytes and on token files do without it
+
+    try:
+        content = path.read_bytes()
+        inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    except OSError as error:
+        raise UserError(
+            f'`data.tokenizer` must be "bytes" or the path of a tokenizer.json, but {path} cannot be read: '
+            f"{error.strerror or error}; correct the path"
+        ) from error
+    except Exception as error:  # the library raises plain Exception for what it cannot parse
+        raise UserError(
+            f"`data.tokenizer` must be a Hugging Face tokenizer.json, but {path} is not: {error}; save it again"
+        ) from error
+    # Some files carry the settings of a fine-tuning run, which would cut or pad every document.
+    inner.no_truncation()
+    inner.no_padding()
+    end = next((inner.token_to_id(token) for token in _ENDS_OF_TEXT if inner.token_to_id(token) is not None), None)
+    ending = [] if end is None else [end]
+
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids + ending, dtype=np.uint32) for encoding in encodings]
+
+    vocabulary = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
+    return Tokenizer(hashlib.sha256(content).hexdigest(), vocabulary, encode)

@@ -1,0 +1,1 @@
+"""Backends behind one protocol: the loop tells facts, the engine chooses mechanisms."""

@@ -1,0 +1,167 @@
+"""DeepSpeed ZeRO-1, 2 and 3 behind the engine protocol. The only module that imports deepspeed."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaling.engine.blocks import checkpoint_blocks, compile_blocks
+from scaling.engine.optimizer import build_adamw
+from scaling.engine.process import Process
+from scaling.engine.protocol import FlatShard
+from scaling.groups import Group
+from scaling.models.recipe import ModelRecipe, canonical_name
+from scaling.spec.sections import DeepSpeed, Spec
+
+
+def build_deepspeed(
+    spec: Spec,
+    backend: DeepSpeed,
+    rendered: dict[str, Any],
+    recipe: ModelRecipe,
+    groups: Sequence[Group],
+    process: Process,
+) -> "DeepSpeedEngine":
+    """Model, then optimizer, then `deepspeed.initialize`; then the fp32 initial values into its master weights."""
+    deepspeed = _import_deepspeed(process)
+    stage3 = backend.zero_stage == 3
+    context = deepspeed.zero.Init(config_dict_or_path=rendered) if stage3 else torch.device(process.device)
+    with context:
+        model = recipe.build()
+    parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    _fill(deepspeed, parameters, recipe, process, sharded=stage3)
+    frozen = {name for group in groups if group.frozen for name in group.names}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name not in frozen)
+    checkpoint_blocks(model, recipe.blocks, spec.activation_checkpointing)
+    if spec.compile:
+        compile_blocks(model, recipe.blocks)
+    optimizer = build_adamw(parameters, groups, spec.optimizer)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    live_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered, dist_init_required=False)
+    engine = DeepSpeedEngine(wrapped, parameters, live_names, stage3=stage3)
+    engine.restore_masters(recipe)
+    return engine
+
+
+class DeepSpeedEngine:
+    """A model that a DeepSpeed engine trains. See `Engine` for the contract."""
+
+    def __init__(
+        self, engine: Any, parameters: dict[str, nn.Parameter], live_names: list[list[str]], *, stage3: bool
+    ) -> None:
+        self.module: nn.Module = engine
+        self._engine = engine
+        self._parameters = parameters
+        self._live_names = live_names
+        self._stage3 = stage3
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._engine.optimizer.param_groups
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._engine.optimizer.cur_scale) if self._engine.fp16_enabled() else 1.0
+
+    def live_names(self) -> list[list[str]]:
+        return self._live_names
+
+    @contextlib.contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> Tensor:
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self._engine.device)
+        # DeepSpeed says inf, or -1, where it refused a non-finite step.
+        return torch.where(norm < 0, torch.inf, norm)
+
+    def state(self) -> Iterator[FlatShard]:
+        for name, parameter in self._parameters.items():
+            if self._stage3:
+                yield from _stage3_shards(name, parameter)
+            else:
+                yield from _stage12_shards(name, parameter, self._engine.global_rank)
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    @torch.no_grad()
+    def restore_masters(self, recipe: ModelRecipe) -> None:
+        """Write the initial values into the fp32 masters: DeepSpeed made them from parameters already rounded to 16 bits."""
+        if not (self._engine.bfloat16_enabled() or self._engine.fp16_enabled()):
+            return
+        whole = {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items() if p.requires_grad}
+        values: dict[str, Tensor] = {}
+        for shard in self.state():
+            if shard.kind == "master" and shard.name in whole:
+                if shard.name not in values:
+                    values = {shard.name: recipe.initial_value(shard.name, whole[shard.name]).flatten()}
+                shard.values.copy_(values[shard.name][shard.start : shard.start + shard.values.numel()])
+
+
+def _import_deepspeed(process: Process) -> Any:
+    # DeepSpeed guesses its device from what is installed; ours is decided already.
+    os.environ.setdefault("DS_ACCELERATOR", process.device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # The shared-memory op serves inference alone (`inference_all_reduce`); building it takes a compiler and 40 s at
+    # the first start on a CPU, and a process killed meanwhile leaves a lock on which every later start hangs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if process.device.type == "cuda" else "gloo", verbose=False)
+    return deepspeed
+
+
+@torch.no_grad()
+def _fill(
+    deepspeed: Any, parameters: dict[str, nn.Parameter], recipe: ModelRecipe, process: Process, *, sharded: bool
+) -> None:
+    for name, parameter in parameters.items():
+        if not sharded:
+            parameter.copy_(recipe.initial_value(name, parameter.shape))
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if process.is_main:
+                parameter.copy_(recipe.initial_value(name, parameter.shape))
+
+
+def _stage12_shards(name: str, parameter: nn.Parameter, rank: int) -> Iterator[FlatShard]:
+    """ZeRO-1/2: what `_hp_mapping` says this rank owns; frozen parameters are whole on every rank, rank 0's counts."""
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        if rank == 0 and not parameter.requires_grad:
+            yield FlatShard(name, "master", parameter.numel(), 0, parameter.detach().view(-1))
+        return
+    start = mapping.lp_fragment_address.start
+    yield FlatShard(name, "master", parameter.numel(), start, mapping.get_hp_fragment())
+    for kind in mapping.get_optim_state_keys() if mapping.optim_fragment else ():
+        yield FlatShard(name, kind, parameter.numel(), start, mapping.get_hp_fragment(kind))
+
+
+def _stage3_shards(name: str, parameter: Any) -> Iterator[FlatShard]:
+    """ZeRO-3: rank r owns [r*k, (r+1)*k) of each flattened parameter; what lies beyond its end is padding."""
+    part = parameter.ds_tensor
+    start = part.ds_numel * parameter.ds_process_group.rank()
+    kept = max(0, min(part.ds_numel, parameter.ds_numel - start))
+    if not parameter.requires_grad:
+        yield FlatShard(name, "master", parameter.ds_numel, start, part.detach().view(-1)[:kept])
+        return
+    optimizer = parameter._z3_optimizer
+    group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    flat = optimizer.fp32_partitioned_groups_flat[group]
+    moments = {k: v for k, v in optimizer.optimizer.state.get(flat, {}).items() if k in ("exp_avg", "exp_avg_sq")}
+    for kind, values in {"master": flat, **moments}.items():
+        yield FlatShard(name, kind, parameter.ds_numel, start, values.detach().narrow(0, offset, kept))

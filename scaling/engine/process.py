@@ -1,0 +1,100 @@
+"""This process among its peers: rank, device, process group. Read from the environment that any launcher sets."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scaling.errors import UserError
+
+TIMEOUT = datetime.timedelta(minutes=10)
+"""A collective that takes longer has lost a rank. torch's own 30 minutes hide a hang for half an hour."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One rank."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Rank within the node: also the index of its device."""
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the run folder and speaks to the user."""
+        return self.rank == 0
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all ranks, in place; a collective call."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather_objects(self, value: object) -> list[object]:
+        """`value` of every rank, in the order of ranks; a collective call through the host."""
+        if self.world_size == 1:
+            return [value]
+        everyone: list[object] = [None] * self.world_size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+
+@contextlib.contextmanager
+def process_from_environment() -> Iterator[Process]:
+    """Join the process group that torchrun or deepspeed announced in the environment, or be alone in one."""
+    rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
+    local_rank, local_world_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", _integer("LOCAL_SIZE", 0))
+    process = Process(rank, world_size, local_rank, local_world_size or world_size, _device(local_rank))
+    _share_cores(process)
+    # Objects travel over gloo so that gathering a name does not touch the GPU.
+    backend = "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    else:
+        device_id = process.device if process.device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+    try:
+        yield process
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size_from_environment() -> int:
+    """The number of ranks that the launcher announced; 1 without a launcher."""
+    return _integer("WORLD_SIZE", 1)
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdigit():
+        raise UserError(f"the environment's {name} must be a whole number, but is {text!r}; start with a launcher")
+    return int(text)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"the number of ranks on this machine must be at most its GPUs ({torch.cuda.device_count()}), "
+            f"but a local rank is {local_rank}; start fewer, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _share_cores(process: Process) -> None:
+    """Without this each CPU rank starts as many threads as there are cores, and they fight."""
+    if process.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // process.local_world_size))

@@ -1,0 +1,243 @@
+"""torch's own backends: one process, DistributedDataParallel and FSDP2. One engine, three builders.
+
+The optimizer works on plain tensors: under FSDP2 on the local shards, which share storage with the sharded parameters.
+Clipping, the fp16 loss scale and the refusal of a non-finite step are two scalars that the fused AdamW kernel takes,
+so none of them costs a pass over the gradients or waits for the device.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from scaling.engine.blocks import checkpoint_blocks, compile_blocks
+from scaling.engine.optimizer import build_adamw
+from scaling.engine.precision import compute_in
+from scaling.engine.process import Process
+from scaling.engine.protocol import FlatShard
+from scaling.engine.scaler import LossScaler
+from scaling.groups import Group
+from scaling.models.recipe import ModelRecipe, canonical_name
+from scaling.spec.sections import Spec
+
+
+def build_single(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups: Sequence[Group], process: Process):
+    """The whole model on one device."""
+    model = _whole_model(spec, rendered, recipe, groups, process)
+    return TorchEngine(model, spec, rendered, groups, process)
+
+
+def build_ddp(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups: Sequence[Group], process: Process):
+    """The whole model on each rank, gradients averaged in fp32 while the backward pass goes on."""
+    model = _whole_model(spec, rendered, recipe, groups, process)
+    # Every rank has filled in the same values by name: broadcasting them again would only cost time.
+    wrapped = DistributedDataParallel(model, init_sync=False, **rendered["ddp"])
+    return TorchEngine(wrapped, spec, rendered, groups, process)
+
+
+def build_fsdp(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups: Sequence[Group], process: Process):
+    """Shards of fp32 parameters on each rank, gathered block by block in the compute type."""
+    with torch.device("meta"):
+        model = recipe.build()
+    _freeze(model, groups)
+    checkpoint_blocks(model, recipe.blocks, spec.activation_checkpointing)
+    if spec.compile:
+        compile_blocks(model, recipe.blocks)
+    axes: dict[str, int] = rendered["mesh"]
+    mesh = init_device_mesh(process.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    _apply_wrap_plan(model, rendered, mesh)
+    offload = rendered["cpu_offload"]
+    model.to_empty(device="cpu" if offload else process.device)
+    _fill(model, recipe)
+    return TorchEngine(model, spec, rendered, groups, process, shard_group=mesh["dp_shard"].get_group())
+
+
+class TorchEngine:
+    """A model that torch's autograd and optimizer train as they stand. See `Engine` for the contract."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: Spec,
+        rendered: dict[str, Any],
+        groups: Sequence[Group],
+        process: Process,
+        *,
+        shard_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.module = module
+        self._parameters = {canonical_name(name): p for name, p in module.named_parameters()}
+        grouped = {name for group in groups for name in group.names}
+        assert grouped == set(self._parameters), f"the wrapped model differs in {grouped ^ set(self._parameters)}"
+        self._local = {name: _local_shard(p) for name, p in self._parameters.items()}
+        self._optimizer = build_adamw(self._local, groups, spec.optimizer)
+        self._trainable = [name for group in groups if not group.frozen for name in group.names]
+        self._max_grad_norm: float | None = rendered["max_grad_norm"]
+        self._shard_group = shard_group
+        self._device = process.device
+        self._scaler = LossScaler() if spec.precision == "fp16" else None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    @property
+    def loss_scale(self) -> float:
+        return self._scaler.scale if self._scaler else 1.0
+
+    def live_names(self) -> list[list[str]]:
+        names = {id(local): name for name, local in self._local.items()}
+        return [[names[id(parameter)] for parameter in group["params"]] for group in self.param_groups]
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            return self.module.no_sync()
+        if isinstance(self.module, FSDPModule):
+            # Gradients are cut at every micro-step, as ZeRO-2 and 3 do: whole ones would cost four bytes a parameter.
+            # Replicas are averaged once, after the last.
+            self.module.set_requires_all_reduce(last)
+            self.module.set_is_last_backward(last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * self._scaler.scale if self._scaler else loss).backward()
+
+    def step(self) -> Tensor:
+        gradients = self._take_gradients()
+        norm = self._global_norm(gradients) / self.loss_scale
+        # The kernel divides gradients by grad_scale and does nothing at all where found_inf is 1.
+        divisor = torch.full_like(norm, self.loss_scale)
+        if self._max_grad_norm is not None:
+            divisor = divisor * ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0)
+        device = gradients[0].device
+        self._optimizer.grad_scale = divisor.to(device)  # pyright: ignore[reportAttributeAccessIssue]
+        self._optimizer.found_inf = (~norm.isfinite()).float().to(device)  # pyright: ignore[reportAttributeAccessIssue]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        if self._scaler:
+            self._scaler.update(bool(norm.isfinite()))  # a wait for the device, which fp16's dynamic scale needs
+        return norm
+
+    def state(self) -> Iterator[FlatShard]:
+        for name, parameter in self._parameters.items():
+            local = self._local[name]
+            start = _flat_start(parameter)
+            if start is None:
+                continue
+            tensors = {"master": local.detach(), **self._moments(local)}
+            for kind, values in tensors.items():
+                yield FlatShard(name, kind, parameter.numel(), start, values.reshape(-1))
+
+    def close(self) -> None:
+        self._optimizer.state.clear()
+
+    def _moments(self, local: nn.Parameter) -> dict[str, Tensor]:
+        state = self._optimizer.state.get(local, {})
+        return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
+
+    def _take_gradients(self) -> list[Tensor]:
+        """Hand each local shard the gradient of its shard; returns those with any element."""
+        for name in self._trainable:
+            gradient = self._parameters[name].grad
+            assert gradient is not None, f"{name} got no gradient"
+            self._local[name].grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        found = [self._local[name].grad for name in self._trainable]
+        return [gradient for gradient in found if gradient is not None]
+
+    def _global_norm(self, gradients: list[Tensor]) -> Tensor:
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        total = torch.stack([norm.to(self._device) for norm in norms]).square().sum()
+        if self._shard_group is not None:
+            dist.all_reduce(total, group=self._shard_group)
+        return total.sqrt()
+
+
+def _whole_model(
+    spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups: Sequence[Group], process: Process
+) -> nn.Module:
+    # Not by way of the meta device: `to_empty` would make tied weights two tensors.
+    with process.device:
+        model = recipe.build()
+    _fill(model, recipe)
+    _freeze(model, groups)
+    dtype = getattr(torch, rendered["param_dtype"])
+    if dtype != torch.float32:
+        compute_in(model, dtype)
+    checkpoint_blocks(model, recipe.blocks, spec.activation_checkpointing)
+    if spec.compile:
+        compile_blocks(model, recipe.blocks)
+    return model
+
+
+def _apply_wrap_plan(model: nn.Module, rendered: dict[str, Any], mesh: DeviceMesh) -> None:
+    dtype, reduce_dtype = getattr(torch, rendered["param_dtype"]), getattr(torch, rendered["reduce_dtype"])
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
+    offload: OffloadPolicy = OffloadPolicy()
+    if rendered["cpu_offload"]:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    for entry in rendered["wrap"]:
+        modules = [model.get_submodule(path) for path in entry["modules"]]
+        fully_shard(
+            modules if len(modules) > 1 else modules[0],  # pyright: ignore[reportArgumentType]
+            mesh=mesh,
+            reshard_after_forward=entry["reshard_after_forward"],
+            mp_policy=policy,
+            offload_policy=offload,
+        )
+    # The root keeps what it gathered until its backward pass ends: gathering it twice would gain nothing.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
+
+
+def _freeze(model: nn.Module, groups: Sequence[Group]) -> None:
+    frozen = {name for group in groups if group.frozen for name in group.names}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(canonical_name(name) not in frozen)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, recipe: ModelRecipe) -> None:
+    """Write the initial values, one whole parameter at a time on the host, each rank keeping its part."""
+    for name, parameter in model.named_parameters():
+        value = recipe.initial_value(canonical_name(name), parameter.shape)
+        if isinstance(parameter, DTensor):
+            device = parameter.device_mesh.device_type
+            # Every rank has the whole value: no rank is the source, nothing is sent.
+            cut = distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(cut.to_local())
+        else:
+            parameter.copy_(value)
+
+
+def _local_shard(parameter: nn.Parameter) -> nn.Parameter:
+    """A plain parameter over the storage of this rank's shard."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)
+
+
+def _flat_start(parameter: nn.Parameter) -> int | None:
+    """Where this rank's range begins in the flattened parameter; None where another rank owns it.
+
+    FSDP2 cuts along dim 0 like torch.chunk; replicas of rank 0's shard group own nothing.
+    """
+    if not isinstance(parameter, DTensor):
+        return 0 if dist.get_rank() == 0 else None
+    mesh = parameter.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    if mesh.ndim == 2 and coordinate[0] != 0:
+        return None
+    size, rest = divmod(parameter.shape[0], mesh.size(mesh.ndim - 1))
+    rows = size + (rest > 0)
+    row = min(rows * coordinate[-1], parameter.shape[0])
+    return row * (parameter.numel() // max(1, parameter.shape[0]))  # exact: whole rows

@@ -1,0 +1,67 @@
+"""What the user can do wrong, as exceptions that carry the exit code of the run (see the table in README.md)."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class UserError(ValueError):
+    """A mistake of the user's: printed as one message without a traceback.
+
+    `str(error)` is the message, in the form "`field` must be …, but is …; do …".
+    """
+
+    code = 2
+    """Exit code of the process: the spec or the command line is wrong."""
+
+
+class DoesNotFit(UserError):
+    """The job needs more memory than the device has."""
+
+    code = 3
+
+
+class NonFinite(UserError):
+    """The loss or the gradient is NaN or infinite."""
+
+    code = 4
+
+
+class StorageError(UserError):
+    """The run folder cannot be used: full, read-only, or holding another run."""
+
+    code = 6
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser whose errors are messages like all others, and that takes no shortened options."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("allow_abbrev", False)
+        super().__init__(**settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print; its own exit code is 2 as well."""
+        raise UserError(f"the command line must be as in `{self.prog} --help`, but has an error: {message}; correct it")
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Call `main` and return the exit code of the process; a UserError becomes its message on standard error.
+
+    Entry points end with `sys.exit(run_command(main))`.
+    """
+    try:
+        code = main() or 0
+        sys.stdout.flush()  # here, where a reader that has gone is handled, not at interpreter exit
+        return code
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        return 128 + 2  # as shells report SIGINT
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted. What is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as shells report SIGPIPE

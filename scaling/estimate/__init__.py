@@ -1,0 +1,1 @@
+"""What a job costs, from its spec alone."""

@@ -1,0 +1,400 @@
+"""Facts about GPUs: what they hold and how fast they are. A field without a source is None, never a guess.
+
+Rates are in units of 1 per second with decimal prefixes (989e12 FLOP/s, 3.35e12 bytes/s), memory is bytes. Peaks are
+dense, without sparsity. Sources, named beside each number:
+
+    ML     github.com/stas00/ml-engineering, compute/accelerator and network: peaks, achievable matmul, HBM, links
+    TT     github.com/pytorch/torchtitan, torchtitan/tools/utils.py, get_peak_flops
+    NC     github.com/karpathy/nanochat, nanochat/common.py, get_peak_flops
+    LA     github.com/cli99/llm-analysis, gpu_configs/*.json
+    log    the total capacity in torch's own out-of-memory messages, as people post them; it is what
+           torch.cuda.get_device_properties().total_memory reports, a little less than the driver's and the vendor's
+    PCIe   the bus's arithmetic: 8, 16 or 32 GT/s x 16 lanes x 128/130 / 8 bits for generations 3, 4 and 5
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from scaling.errors import UserError
+from scaling.units import GiB
+
+_PCIE3, _PCIE4, _PCIE5 = (rate * 1e9 * 16 * 128 / 130 / 8 for rate in (8, 16, 32))
+"""Bytes/s in one direction over 16 lanes: 15.75, 31.5 and 63.0 GB/s."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One kind of GPU. None: no source known here."""
+
+    name: str
+    """As in `--gpus 8xNAME`."""
+    device_names: tuple[str, ...]
+    """What torch.cuda.get_device_name and nvidia-smi call it, in full."""
+    memory_bytes: int | None
+    """torch's total_memory: what the driver leaves to all processes together."""
+    bf16_flops: float | None
+    """Dense peak of bf16 matrix products with fp32 accumulation, FLOP/s; None where the chip has no bf16 units."""
+    fp16_flops: float | None
+    """The same for fp16."""
+    matmul_flops: float | None
+    """The most that a bf16 matmul was measured to reach (ML's MAMF), FLOP/s."""
+    hbm_bytes_per_s: float | None
+    """Device memory bandwidth."""
+    link_bytes_per_s: float | None
+    """From one GPU to the others of its node, in one direction: NVLink or xGMI where it has it, else the PCIe bus."""
+    host_bytes_per_s: float | None
+    """Between GPU and host memory, in one direction."""
+    network_bytes_per_s: float | None
+    """Each GPU's share of the network in the vendor's own 8-GPU node, in one direction; clusters differ widely."""
+
+    def peak_flops(self, precision: Literal["bf16", "fp16", "fp32"]) -> float | None:
+        """Dense matmul peak in FLOP/s at `precision`, the denominator of MFU; None where it is not known."""
+        return {"bf16": self.bf16_flops, "fp16": self.fp16_flops, "fp32": None}[precision]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a job runs on: equal nodes of equal GPUs."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu: GPU
+
+    @property
+    def world_size(self) -> int:
+        """One rank per GPU."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def name(self) -> str:
+        """As `parse_gpus` reads it."""
+        nodes = f"{self.nodes}x" if self.nodes > 1 else ""
+        return f"{nodes}{self.gpus_per_node}x{self.gpu.name}"
+
+
+def _gib(size: float) -> int:
+    return round(size * GiB)
+
+
+GPUS = (
+    GPU(
+        name="H100-80GB",
+        device_names=("NVIDIA H100 80GB HBM3",),
+        memory_bytes=_gib(79.11),  # log: NVIDIA-NeMo/Automodel#2673, vllm#27508
+        bf16_flops=989e12,  # ML, TT
+        fp16_flops=989e12,  # ML
+        matmul_flops=794.5e12,  # ML
+        hbm_bytes_per_s=3.35e12,  # ML
+        link_bytes_per_s=450e9,  # ML: NVLink 4
+        host_bytes_per_s=_PCIE5,
+        network_bytes_per_s=50e9,  # ML: DGX/HGX, eight 400 Gb/s NICs
+    ),
+    GPU(
+        name="H100-96GB",  # HBM2e at 500 W, as in torchtitan's published tables
+        device_names=(),  # calls itself "NVIDIA H100", which says too little to recognise it
+        memory_bytes=_gib(95.04),  # torchtitan benchmarks
+        bf16_flops=989e12,  # TT: nominal, the chip is power-capped
+        fp16_flops=989e12,  # as bf16, the same tensor cores
+        matmul_flops=None,
+        hbm_bytes_per_s=2.4e12,  # torchtitan benchmarks
+        link_bytes_per_s=450e9,  # ML: NVLink 4
+        host_bytes_per_s=_PCIE5,
+        network_bytes_per_s=50e9,  # torchtitan benchmarks: 400 Gb/s per GPU
+    ),
+    GPU(
+        name="H100-PCIe-80GB",
+        device_names=("NVIDIA H100 PCIe",),
+        memory_bytes=None,
+        bf16_flops=756e12,  # ML, TT
+        fp16_flops=756e12,  # ML
+        matmul_flops=None,
+        hbm_bytes_per_s=2.0e12,  # ML
+        link_bytes_per_s=_PCIE5,  # without the bridge that joins pairs
+        host_bytes_per_s=_PCIE5,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="H100-NVL-94GB",
+        device_names=("NVIDIA H100 NVL",),
+        memory_bytes=_gib(93.10),  # log
+        bf16_flops=835e12,  # TT, NC
+        fp16_flops=835e12,  # as bf16, the same tensor cores
+        matmul_flops=None,
+        hbm_bytes_per_s=None,
+        link_bytes_per_s=_PCIE5,  # without the bridge that joins pairs
+        host_bytes_per_s=_PCIE5,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="H200",
+        device_names=("NVIDIA H200",),
+        memory_bytes=_gib(139.80),  # log
+        bf16_flops=989e12,  # ML, TT
+        fp16_flops=989e12,  # ML
+        matmul_flops=794.5e12,  # ML: the compute of an H100
+        hbm_bytes_per_s=4.8e12,  # ML
+        link_bytes_per_s=450e9,  # ML: NVLink 4
+        host_bytes_per_s=_PCIE5,
+        network_bytes_per_s=50e9,  # ML: DGX/HGX, eight 400 Gb/s NICs
+    ),
+    GPU(
+        name="A100-80GB",
+        device_names=(
+            "NVIDIA A100-SXM4-80GB",
+            "A100-SXM4-80GB",
+            "A100-SXM-80GB",
+        ),  # drivers before 470 leave NVIDIA out
+        memory_bytes=_gib(79.15),  # log: vllm#4408; others show up to 79.25
+        bf16_flops=312e12,  # ML, TT
+        fp16_flops=312e12,  # ML
+        matmul_flops=271.2e12,  # ML
+        hbm_bytes_per_s=2.0e12,  # ML (LA: 2.039)
+        link_bytes_per_s=300e9,  # ML: NVLink 3
+        host_bytes_per_s=_PCIE4,
+        network_bytes_per_s=None,  # from 6.25 GB/s (four 100 Gb/s NICs a node, ML) upwards
+    ),
+    GPU(
+        name="A100-PCIe-80GB",
+        device_names=("NVIDIA A100 80GB PCIe",),
+        memory_bytes=None,
+        bf16_flops=312e12,  # ML, TT
+        fp16_flops=312e12,  # ML
+        matmul_flops=252.9e12,  # ML
+        hbm_bytes_per_s=1.94e12,  # ML
+        link_bytes_per_s=_PCIE4,  # without the bridge that joins pairs
+        host_bytes_per_s=_PCIE4,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="A100-40GB",
+        device_names=("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"),
+        memory_bytes=42_298_834_944,  # deviceQuery in bottlerocket-os/bottlerocket#3873: 39.39 GiB
+        bf16_flops=312e12,  # ML, TT
+        fp16_flops=312e12,  # ML
+        matmul_flops=None,
+        hbm_bytes_per_s=1.555e12,  # LA
+        link_bytes_per_s=300e9,  # ML: NVLink 3
+        host_bytes_per_s=_PCIE4,
+        network_bytes_per_s=6.25e9,  # ML: AWS P4d, four 100 Gb/s NICs a node
+    ),
+    GPU(
+        name="L40S",
+        device_names=("NVIDIA L40S",),
+        memory_bytes=_gib(44.39),  # log
+        bf16_flops=362e12,  # ML, TT
+        fp16_flops=362e12,  # ML
+        matmul_flops=None,
+        hbm_bytes_per_s=0.86e12,  # ML
+        link_bytes_per_s=_PCIE4,
+        host_bytes_per_s=_PCIE4,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="L4",
+        device_names=("NVIDIA L4",),
+        memory_bytes=_gib(22.03),  # log
+        bf16_flops=121e12,  # NC
+        fp16_flops=121e12,  # as bf16, the same tensor cores
+        matmul_flops=None,
+        hbm_bytes_per_s=None,
+        link_bytes_per_s=None,
+        host_bytes_per_s=None,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="A6000",
+        device_names=("NVIDIA RTX A6000", "RTX A6000"),
+        memory_bytes=None,
+        bf16_flops=154.85e12,  # TT
+        fp16_flops=154.85e12,  # as bf16, the same tensor cores
+        matmul_flops=None,
+        hbm_bytes_per_s=None,
+        link_bytes_per_s=_PCIE4,  # without the bridge that joins pairs
+        host_bytes_per_s=_PCIE4,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="5090",
+        device_names=("NVIDIA GeForce RTX 5090",),
+        memory_bytes=_gib(31.36),  # log
+        bf16_flops=209.5e12,  # NC; fp32 accumulation, as on all GeForce cards
+        fp16_flops=209.5e12,  # as bf16, the same tensor cores
+        matmul_flops=None,
+        hbm_bytes_per_s=None,
+        link_bytes_per_s=_PCIE5,
+        host_bytes_per_s=_PCIE5,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="4090",
+        device_names=("NVIDIA GeForce RTX 4090",),
+        memory_bytes=_gib(23.64),  # log: 3DTopia/Phidias-Diffusion#8
+        bf16_flops=165.2e12,  # NC
+        fp16_flops=165.2e12,  # as bf16, the same tensor cores
+        matmul_flops=None,
+        hbm_bytes_per_s=1.008e12,  # 384 bits at 21 Gb/s
+        link_bytes_per_s=_PCIE4,
+        host_bytes_per_s=_PCIE4,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="3090",
+        device_names=("NVIDIA GeForce RTX 3090", "GeForce RTX 3090"),
+        memory_bytes=_gib(23.69),  # log: Lightning-AI/lit-llama#137
+        bf16_flops=71e12,  # NC; the often quoted 142 accumulates in fp16
+        fp16_flops=71e12,  # as bf16, the same tensor cores
+        matmul_flops=None,
+        hbm_bytes_per_s=0.936e12,  # 384 bits at 19.5 Gb/s
+        link_bytes_per_s=_PCIE4,  # without the bridge that joins pairs
+        host_bytes_per_s=_PCIE4,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="V100-32GB",
+        device_names=("Tesla V100-SXM2-32GB",),
+        memory_bytes=_gib(31.74),  # log
+        bf16_flops=None,
+        fp16_flops=125e12,  # LA
+        matmul_flops=None,
+        hbm_bytes_per_s=0.9e12,  # LA
+        link_bytes_per_s=150e9,  # ML: NVLink 2
+        host_bytes_per_s=_PCIE3,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="V100-16GB",
+        device_names=("Tesla V100-SXM2-16GB",),
+        memory_bytes=None,
+        bf16_flops=None,
+        fp16_flops=125e12,  # LA
+        matmul_flops=None,
+        hbm_bytes_per_s=0.9e12,  # LA
+        link_bytes_per_s=150e9,  # ML: NVLink 2
+        host_bytes_per_s=_PCIE3,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="T4",
+        device_names=("Tesla T4",),
+        memory_bytes=_gib(14.56),  # log; with ECC off up to 14.76
+        bf16_flops=None,
+        fp16_flops=65e12,  # vendor's data sheet
+        matmul_flops=None,
+        hbm_bytes_per_s=0.32e12,  # 256 bits at 10 Gb/s
+        link_bytes_per_s=_PCIE3,
+        host_bytes_per_s=_PCIE3,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="B200",
+        device_names=("NVIDIA B200",),
+        memory_bytes=_gib(178.35),  # log
+        bf16_flops=2250e12,  # ML, TT
+        fp16_flops=2250e12,  # ML
+        matmul_flops=1745e12,  # ML
+        hbm_bytes_per_s=8.0e12,  # ML
+        link_bytes_per_s=900e9,  # ML: NVLink 5
+        host_bytes_per_s=_PCIE5,
+        network_bytes_per_s=50e9,  # ML: AWS P6-B200, eight 400 Gb/s NICs
+    ),
+    GPU(
+        name="GB200",
+        device_names=("NVIDIA GB200",),
+        memory_bytes=_gib(184.3),  # torchtitan docs/nvfp4.md
+        bf16_flops=2500e12,  # ML, TT
+        fp16_flops=2500e12,  # ML
+        matmul_flops=1822e12,  # ML
+        hbm_bytes_per_s=8.0e12,  # ML
+        link_bytes_per_s=900e9,  # ML: NVLink 5
+        host_bytes_per_s=None,
+        network_bytes_per_s=None,
+    ),
+    GPU(
+        name="MI300X",
+        device_names=("AMD Instinct MI300X",),
+        memory_bytes=_gib(191.98),  # log: ROCm/TransformerEngine#79
+        bf16_flops=1307e12,  # ML
+        fp16_flops=1307e12,  # ML
+        matmul_flops=668.4e12,  # ML: torch 2.5, ROCm 6.3
+        hbm_bytes_per_s=5.3e12,  # ML
+        link_bytes_per_s=448e9,  # ML: xGMI, 64 GB/s to each of seven peers
+        host_bytes_per_s=_PCIE5,
+        network_bytes_per_s=None,
+    ),
+)
+"""The GPUs known here."""
+
+
+def find_gpu(name: str) -> GPU:
+    """The GPU called `name` in `--gpus`; case, blanks, dashes and a leading "RTX" do not matter.
+
+    Raises UserError with the nearest names where there is none: "A100" alone could be three cards.
+    """
+    wanted = _plain(name)
+    for gpu in GPUS:
+        if _plain(gpu.name) == wanted:
+            return gpu
+    raise UserError(
+        f"`--gpus` must name a GPU of the table, but names {_short(name)}; did you mean {_nearest(name)}? "
+        "`--hardware FILE.json` takes a card that the table lacks"
+    )
+
+
+def gpu_from_device_name(torch_name: str) -> GPU | None:
+    """The GPU that torch.cuda.get_device_name or nvidia-smi call `torch_name`; None for any other name.
+
+    The whole name must match: "NVIDIA H200 NVL" is no H200, and a MIG slice of an A100 is no A100.
+    """
+    wanted = " ".join(torch_name.split()).casefold()
+    return next((gpu for gpu in GPUS if wanted in (known.casefold() for known in gpu.device_names)), None)
+
+
+def parse_gpus(text: str) -> Cluster:
+    """`text`, written as [NODESx]COUNTxNAME ("8xH100-80GB", "4x8xA100-40GB"), as a cluster; UserError otherwise."""
+    # Nine digits are more GPUs than exist; without a bound a long number would be a slow mistake.
+    found = re.fullmatch(r"(?:([0-9]{1,9})[xX])?([0-9]{1,9})[xX](.+)", text.strip(), flags=re.DOTALL)
+    if found is None:
+        raise UserError(
+            "`--gpus` must be [NODESx]COUNTxNAME such as 8xH100-80GB, "
+            f"but is {_short(text)}; did you mean {_repaired(text)}?"
+        )
+    nodes, count = int(found[1] or 1), int(found[2])
+    if nodes < 1 or count < 1:
+        raise UserError(
+            "`--gpus` must be [NODESx]COUNTxNAME with counts of at least 1, "
+            f"but is {_short(text)}; use {max(1, nodes)}x{max(1, count)}x{found[3]}"
+        )
+    return Cluster(nodes, count, find_gpu(found[3]))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).casefold().removeprefix("nvidia").removeprefix("geforce").removeprefix("rtx")
+
+
+def _nearest(name: str) -> str:
+    """Up to three names of the table like `name`, those that it begins first; all names where none is alike."""
+    wanted = _plain(name)[:64]
+
+    def likeness(gpu: GPU) -> float:
+        family = _plain(gpu.name.split("-")[0])  # "H101" is nearer to the family H100 than to any whole name
+        if wanted and (_plain(gpu.name).startswith(wanted) or wanted.startswith(family)):
+            return 1.0
+        return max(difflib.SequenceMatcher(None, wanted, known).ratio() for known in (family, _plain(gpu.name)))
+
+    close = sorted((gpu for gpu in GPUS if likeness(gpu) >= 0.6), key=likeness, reverse=True)  # ties: the table's order
+    return " or ".join(gpu.name for gpu in close[:3]) or ", ".join(gpu.name for gpu in GPUS)
+
+
+def _repaired(text: str) -> str:
+    """What `text` may have meant: "8*H200", "8 x H200" and "8H200" are all 8xH200."""
+    found = re.match(r"\s*-?([0-9]{1,4})\s*(?:[xX*: ]\s*-?(?:([0-9]{1,4})\s*[xX*: ]\s*)?|(?=[A-Za-z]))(.+)", text[:100])
+    counts = [max(1, int(number)) for number in found.groups()[:2] if number] if found else [1]
+    name = _nearest(found[3] if found else text).split(" or ")[0].split(", ")[0]
+    return "x".join([*(str(count) for count in counts), name])
+
+
+def _short(text: str) -> str:
+    """`text` quoted for a message, cut where it is long."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")

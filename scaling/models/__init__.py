@@ -1,0 +1,1 @@
+"""Models that the toolkit builds itself, and what a backend must know to build any model."""

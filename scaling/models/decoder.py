@@ -1,0 +1,195 @@
+"""One causal decoder: GPT-2 or Llama/Qwen by configuration. Hugging Face's names for its parts.
+
+`Decoder(spec)(ids)` gives logits; `Decoder(spec)(ids, targets)` gives the summed cross-entropy, without ever holding
+the logits of the whole micro-batch when `cross_entropy` is "chunked".
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaling.inventory import blocks, head_dim
+from scaling.models.loss import summed_cross_entropy
+from scaling.models.recipe import ModelRecipe
+from scaling.spec.sections import CausalLM
+from scaling.spec.sections import Decoder as DecoderSpec
+
+
+def decoder_recipe(spec: DecoderSpec, objective: CausalLM, seed: int) -> ModelRecipe:
+    """The recipe of a decoder for `objective`."""
+
+    def fill(name: str, value: Tensor, generator: torch.Generator) -> None:
+        fill_parameter(spec, name, value, generator)
+
+    chunked = objective.cross_entropy == "chunked"
+    return ModelRecipe(build=lambda: Decoder(spec, chunked=chunked), fill=fill, blocks=blocks(spec), seed=seed)
+
+
+def fill_parameter(spec: DecoderSpec, name: str, value: Tensor, generator: torch.Generator) -> None:
+    """Initial values as GPT-2 (Radford et al., 2019): normal, smaller for the projections back into the residual stream."""
+    module, kind = name.split(".")[-2:]
+    if kind == "bias":
+        value.zero_()
+    elif "norm" in module:
+        value.fill_(1.0)
+    else:
+        residual = module in ("o_proj", "down_proj")
+        std = spec.initializer_range / (math.sqrt(2 * spec.num_hidden_layers) if residual else 1.0)
+        value.normal_(0.0, std, generator=generator)
+
+
+class Decoder(nn.Module):
+    """A causal transformer with pre-normalisation."""
+
+    def __init__(self, spec: DecoderSpec, *, chunked: bool = True) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
+        self.embed_positions = (
+            Embedding(spec.max_position_embeddings, spec.hidden_size) if spec.position == "learned" else None
+        )
+        self.dropout = nn.Dropout(spec.dropout)
+        self.layers = nn.ModuleList([Block(spec) for _ in range(spec.num_hidden_layers)])
+        self.norm = _norm(spec)
+        self.lm_head = Head(spec.hidden_size, spec.vocab_size, chunked=chunked)
+        if spec.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [batch, sequence, vocabulary], or with `targets` the summed loss (fp32 scalar).
+
+        `input_ids` and `targets`: int64 [batch, sequence]; targets of -100 are masked.
+        """
+        hidden = self.embed_tokens(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if self.embed_positions is not None:
+            hidden = hidden + self.embed_positions(positions)
+        rotation = _rotation(self.spec, positions, hidden.dtype) if self.spec.position == "rope" else None
+        hidden = self.dropout(hidden)
+        for layer in self.layers:
+            hidden = layer(hidden, rotation)
+        return self.lm_head(self.norm(hidden), targets)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normalised before and added to the residual stream."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(spec)
+        self.self_attn = Attention(spec)
+        self.post_attention_layernorm = _norm(spec)
+        self.mlp = MLP(spec)
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[batch, sequence, hidden] -> the same."""
+        hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), rotation))
+        return hidden + self.dropout(self.mlp(self.post_attention_layernorm(hidden)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries (Ainslie et al., 2023)."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.width = head_dim(spec)
+        queries = spec.num_attention_heads * self.width
+        keys = (spec.num_key_value_heads or spec.num_attention_heads) * self.width
+        qkv_bias = spec.bias or spec.qkv_bias
+        self.q_proj = Linear(spec.hidden_size, queries, bias=qkv_bias)
+        self.k_proj = Linear(spec.hidden_size, keys, bias=qkv_bias)
+        self.v_proj = Linear(spec.hidden_size, keys, bias=qkv_bias)
+        self.o_proj = Linear(queries, spec.hidden_size, bias=spec.bias)
+        self.q_norm = nn.RMSNorm(self.width, eps=spec.norm_eps) if spec.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.width, eps=spec.norm_eps) if spec.qk_norm else nn.Identity()
+        self.grouped = keys != queries
+        self.dropout = spec.dropout
+
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[batch, sequence, hidden] -> the same."""
+        query, key, value = (
+            projection(hidden).unflatten(-1, (-1, self.width)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = self.q_norm(query), self.k_norm(key)
+        if rotation is not None:
+            query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, dropout_p=dropout, enable_gqa=self.grouped
+        )
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two matrices and a non-linearity, or three with a gate (SwiGLU; Shazeer, 2020)."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        gated = spec.activation == "swiglu"
+        self.activation = spec.activation
+        self.gate_proj = Linear(spec.hidden_size, spec.intermediate_size, bias=spec.bias) if gated else None
+        self.up_proj = Linear(spec.hidden_size, spec.intermediate_size, bias=spec.bias)
+        self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, bias=spec.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, sequence, hidden] -> the same."""
+        inner = self.up_proj(hidden)
+        if self.gate_proj is not None:
+            inner = F.silu(self.gate_proj(hidden)) * inner
+        elif self.activation == "relu":
+            inner = F.relu(inner)
+        else:
+            inner = F.gelu(inner, approximate="tanh" if self.activation == "gelu_new" else "none")
+        return self.down_proj(inner)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that leaves its weights as they are allocated: they are filled by name (`fill_parameter`) later."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: torch's initial values would be computed only to be overwritten."""
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that leaves its weights as they are allocated."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, as in Linear."""
+
+
+class Head(Linear):
+    """The output projection. The loss is its own so that whatever gathers its weight gathers it for the loss too."""
+
+    def __init__(self, inputs: int, outputs: int, *, chunked: bool) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.chunked = chunked
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [batch, sequence, outputs], or with `targets` [batch, sequence] the summed cross-entropy (fp32 scalar)."""
+        if targets is None:
+            return F.linear(hidden, self.weight)
+        return summed_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), chunked=self.chunked)
+
+
+def _norm(spec: DecoderSpec) -> nn.Module:
+    if spec.norm == "layernorm":
+        return nn.LayerNorm(spec.hidden_size, eps=spec.norm_eps, bias=spec.bias)
+    return nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+
+
+def _rotation(spec: DecoderSpec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [sequence, head_dim] of the rotary embedding (Su et al., 2021), halves as Llama lays them out."""
+    width = head_dim(spec)
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    angles = torch.outer(positions.float(), spec.rope_theta**-exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cosines + torch.cat((-second, first), dim=-1) * sines

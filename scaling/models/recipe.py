@@ -1,0 +1,45 @@
+"""What a backend needs to build a model: how to construct it, what its weights start from, what its blocks are."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """A model that is not built yet. Each backend builds it in its own order and place."""
+
+    build: Callable[[], nn.Module]
+    """Construct the module under whatever `torch.device` context and parameter hooks the caller has set."""
+    fill: Callable[[str, Tensor, torch.Generator], None]
+    """Write the initial values of the parameter of that canonical name into a whole fp32 CPU tensor."""
+    blocks: tuple[str, ...]
+    """Paths of the repeated blocks: wrapped, checkpointed and compiled one by one."""
+    seed: int
+    """Of the initial weights."""
+
+    def initial_value(self, name: str, shape: torch.Size) -> Tensor:
+        """The whole fp32 tensor that parameter `name` starts from: a pure function of the seed, the name and the shape.
+
+        Each parameter has a generator of its own, so its value depends neither on the order of construction nor on
+        which ranks construct it: every backend starts alike at every world size.
+        """
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        value = torch.empty(shape, dtype=torch.float32)
+        self.fill(name, value, generator)
+        return value
+
+
+WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+"""Name prefixes that DDP, torch.compile, checkpoint wrappers and FSDP1 put in."""
+
+
+def canonical_name(name: str) -> str:
+    """`name` as the unwrapped model has it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "") if name.startswith(wrapper) else name.replace(f".{wrapper}", ".")
+    return name

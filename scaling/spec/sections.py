@@ -1,0 +1,537 @@
+"""The vocabulary of spec.json: frozen values whose validators only reject.
+
+Every field has its unit, its meaning and the reason for its default below it; the same text is in the JSON Schema.
+World size is no field: it is an argument of everything that needs it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1, le=2**40)]
+"""A positive whole number, bounded so that products of a few of them stay exact and finite."""
+Size = Annotated[int, Field(ge=1, le=2**24)]
+"""One extent of a tensor: width, heads, layers, tokens."""
+Elements = Annotated[int, Field(ge=0, le=2**40)]
+"""A number of tensor elements (not bytes), as DeepSpeed counts its buckets."""
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NonNegative = Annotated[float, Field(ge=0, le=1e6)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """What all parts of a spec share: frozen, strict, finite, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+# ---------------------------------------------------------------- model
+
+
+class Decoder(Section):
+    """A causal transformer: GPT-2 (layernorm, gelu, learned positions) or Llama/Qwen (rmsnorm, swiglu, rope, GQA)."""
+
+    kind: Literal["decoder"]
+    vocab_size: Size
+    """Rows of the embedding and of the output head; at least the tokenizer's vocabulary."""
+    hidden_size: Size
+    """Width of the residual stream."""
+    intermediate_size: Size
+    """Width inside the MLP: usually 4 x hidden_size for gelu, about 8/3 x for swiglu."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=4096)]
+    """Number of transformer blocks."""
+    num_attention_heads: Size
+    """Query heads in each block."""
+    num_key_value_heads: Size | None = None
+    """Key and value heads; fewer than the query heads is grouped-query attention. Default: as many as query heads."""
+    head_dim: Size | None = None
+    """Width of one head. Default: hidden_size / num_attention_heads."""
+    max_position_embeddings: Size
+    """Longest sequence, tokens; with learned positions also the number of their rows."""
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    """Normalisation before attention, before the MLP and before the head. Default: as Llama."""
+    norm_eps: Positive = 1e-5
+    """Added to the variance before its root: GPT-2 and Llama 3 use 1e-5, Qwen and Llama 1 use 1e-6."""
+    activation: Literal["swiglu", "gelu", "gelu_new", "relu"] = "swiglu"
+    """MLP non-linearity: swiglu has a gate matrix; gelu is exact, gelu_new is GPT-2's tanh form. Default: as Llama."""
+    position: Literal["rope", "learned"] = "rope"
+    """Position information: rotary embeddings on queries and keys, or a learned table added to the embeddings."""
+    rope_theta: Positive = 10000.0
+    """Base wavelength of the rotary embeddings."""
+    bias: bool = False
+    """Bias in every linear layer and in layernorm, as GPT-2. Default: none, as Llama."""
+    qkv_bias: bool = False
+    """Bias in the query, key and value projections alone, as Qwen2 (implied by `bias`)."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head, as Qwen3."""
+    tie_word_embeddings: bool = False
+    """The output head is the embedding matrix, counted and trained once."""
+    dropout: Fraction = 0.0
+    """Dropout probability on embeddings, attention and residual branches. Default: none, as in today's pretraining."""
+    initializer_range: Positive = 0.02
+    """Standard deviation of the initial weights; projections back into the residual stream get it over sqrt(2 x layers)."""
+
+    @model_validator(mode="after")
+    def _shapes(self) -> "Decoder":
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` must be a multiple of num_attention_heads ({self.num_attention_heads}), "
+                f"but is {self.hidden_size}; use {_nearest_multiples(self.hidden_size, self.num_attention_heads)}, "
+                "or set `head_dim`"
+            )
+        if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide num_attention_heads ({self.num_attention_heads}), "
+                f"but is {self.num_key_value_heads}; use one of {_divisors(self.num_attention_heads)}"
+            )
+        width = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.position == "rope" and width % 2:
+            raise ValueError(f"`head_dim` must be even for rope, but is {width}; change it or use learned positions")
+        return self
+
+
+# ---------------------------------------------------------------- objective
+
+
+class CausalLM(Section):
+    """Next-token prediction: cross-entropy summed over the target tokens of the whole step, divided by their number."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    cross_entropy: Literal["chunked", "plain"] = "chunked"
+    """chunked: logits exist for a slice of the tokens at a time (least memory); plain: for the whole micro-batch."""
+
+
+# ---------------------------------------------------------------- data
+
+
+class TextData(Section):
+    """Text files, tokenised once into a cached memory-mapped file and cut into windows."""
+
+    kind: Literal["text"]
+    train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
+    """Globs of UTF-8 files, relative to the working folder; "python-stdlib" stands for the standard library's .py files."""
+    validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
+    """The share of files (by a hash of their content; of a lone file, its end) held out for validation, or globs of
+    validation files; 0 holds out none."""
+    tokenizer: Text = "bytes"
+    """"bytes" (vocabulary of 256; the byte 0 ends a document), or the path of a Hugging Face tokenizer.json."""
+    sequence_length: Size
+    """Tokens in one sample."""
+    cache: Text = ".cache/scaling"
+    """Folder of the tokenised files, keyed by content and tokenizer; safe to delete."""
+
+
+class TokenData(Section):
+    """Token files as the nano-gpt family writes them: memory-mapped .npy, or raw little-endian .bin."""
+
+    kind: Literal["tokens"]
+    train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
+    """Globs of .npy or .bin files, each a one-dimensional array of token ids, read in sorted order as one stream."""
+    validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
+    """The share of samples at the end of the stream held out for validation, or globs of validation files; 0: none."""
+    dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    """Element type of .bin files, which do not say it themselves (.npy files do)."""
+    ignore_token_id: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    """Targets with this id (padding, say) are masked: they add nothing to the loss nor to its token count."""
+    sequence_length: Size
+    """Tokens in one sample."""
+
+
+class SyntheticData(Section):
+    """Made sequences with a pattern that can be learnt, for tests and for benchmarks of speed; no file is read."""
+
+    kind: Literal["synthetic"]
+    samples: Count = 1_000_000
+    """Training samples in one epoch; each is a pure function of the seed and its index."""
+    validation_samples: Annotated[int, Field(ge=0, le=2**40)] = 256
+    """Samples of the validation set."""
+    masked_fraction: Fraction = 0.0
+    """Mean share of masked targets; it varies from sample to sample, so that means of means would show."""
+    sequence_length: Size
+    """Tokens in one sample."""
+
+
+Data = Annotated[TextData | TokenData | SyntheticData, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------- batch, optimizer, groups, schedule
+
+
+class Batch(Section):
+    """Sequences per optimizer step: global = micro x world size x accumulation, exactly."""
+
+    global_batch_size: Count | Auto | None = None
+    """Sequences per optimizer step over all ranks; stays the same at any world size."""
+    global_batch_tokens: Count | None = None
+    """Tokens per optimizer step, in place of global_batch_size; a multiple of the sequence length."""
+    micro_batch_size: Count | Auto = "auto"
+    """Sequences per forward pass on one rank; what memory depends on."""
+    gradient_accumulation_steps: Count | Auto = "auto"
+    """Forward and backward passes per optimizer step on each rank."""
+
+    @model_validator(mode="after")
+    def _one_unknown(self) -> "Batch":
+        if self.global_batch_tokens is not None and self.global_batch_size is not None:
+            raise ValueError(
+                "`global_batch_tokens` must not be set together with global_batch_size, "
+                f"but they are {self.global_batch_tokens} and {self.global_batch_size!r}; drop one"
+            )
+        whole = self.global_batch_tokens or self.global_batch_size or "auto"
+        unknown = [
+            name
+            for name, value in (
+                ("global_batch_size", whole),
+                ("micro_batch_size", self.micro_batch_size),
+                ("gradient_accumulation_steps", self.gradient_accumulation_steps),
+            )
+            if value == "auto"
+        ]
+        if len(unknown) > 1:
+            raise ValueError(
+                "two of `global_batch_size`, `micro_batch_size` and `gradient_accumulation_steps` must be numbers, "
+                f'but {" and ".join(unknown)} are "auto" or absent; set one of them'
+            )
+        return self
+
+
+class AdamW(Section):
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019), torch's implementation on every backend."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Positive
+    """Peak learning rate, before lr_scaling; a group may set its own."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of the first and second moment. Default: as GPT-3 and Llama."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.1
+    """Share of each weight taken off per step, times the LR. Default: as GPT-3 and Llama."""
+    decay: Literal["all", "matrices"] = "all"
+    """What weight decay applies to: all tensors, or only those of two or more dimensions (norms and biases left out)."""
+
+
+class ParamGroup(Section):
+    """One rule: the parameters that match it and no earlier rule train with these settings."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+    """What logs and tables call the group."""
+    match: Annotated[list[Text], Field(min_length=1, max_length=1000)]
+    """Globs over parameter names; `*` also crosses dots. Each must match something."""
+    lr: Positive | None = None
+    """Peak learning rate of the group. Default: the optimizer's."""
+    weight_decay: NonNegative | None = None
+    """Default: the optimizer's."""
+    betas: tuple[Beta, Beta] | None = None
+    """Default: the optimizer's."""
+    freeze: bool = False
+    """Not trained: no gradient and no optimizer state."""
+
+    @model_validator(mode="after")
+    def _frozen_has_no_settings(self) -> "ParamGroup":
+        given = [name for name in ("lr", "weight_decay", "betas") if getattr(self, name) is not None]
+        if self.freeze and given:
+            raise ValueError(f"`{given[0]}` must not be set on a frozen group, but is; drop it or `freeze`")
+        return self
+
+
+class LRScaling(Section):
+    """How the learning rates change with the size of the job."""
+
+    rule: Literal["none", "linear", "sqrt"] = "none"
+    """Factor on every LR: none 1; linear r; sqrt the root of r, where r is this job's size over the reference's."""
+    reference_world_size: Count | None = None
+    """The number of ranks that the LRs in this spec were found at."""
+    reference_global_batch_size: Count | None = None
+    """The global batch (sequences) that the LRs in this spec were found at."""
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> "LRScaling":
+        given = [self.reference_world_size, self.reference_global_batch_size]
+        if self.rule != "none" and (given[0] is None) == (given[1] is None):
+            raise ValueError(
+                f"exactly one of `reference_world_size` and `reference_global_batch_size` must be set for rule "
+                f'"{self.rule}", but {"neither" if given[0] is None else "both"} is; set the one the LR was found at'
+            )
+        return self
+
+
+class Schedule(Section):
+    """What all schedules share: linear warm-up from 0, then the curve of its kind down to min_lr_ratio."""
+
+    warmup_steps: Annotated[int, Field(ge=0, le=2**40)] = 0
+    """Optimizer steps over which the LR rises linearly to its peak; step 0 trains at peak / warmup_steps."""
+
+
+class Constant(Schedule):
+    """The peak LR to the end."""
+
+    kind: Literal["constant"] = "constant"
+
+
+class Linear(Schedule):
+    """Straight from the peak to min_lr_ratio x peak at the last step."""
+
+    kind: Literal["linear"]
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The last LR over the peak LR."""
+
+
+class Cosine(Schedule):
+    """Half a cosine from the peak to min_lr_ratio x peak at the last step (Loshchilov and Hutter, 2017)."""
+
+    kind: Literal["cosine"]
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The last LR over the peak LR. Default: as GPT-3."""
+
+
+class CosineWithRestarts(Schedule):
+    """Several half cosines of equal length, each starting at the peak again."""
+
+    kind: Literal["cosine_with_restarts"]
+    cycles: Count
+    """Number of half cosines after the warm-up."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The lowest LR over the peak LR."""
+
+
+class WSD(Schedule):
+    """Warm-up, stable, decay: the peak LR until decay_steps before the end, then straight down (Hu et al., 2024)."""
+
+    kind: Literal["wsd"]
+    decay_steps: Count
+    """Optimizer steps of the final descent."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The last LR over the peak LR."""
+
+
+AnySchedule = Annotated[Constant | Linear | Cosine | CosineWithRestarts | WSD, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------- backend
+
+
+class Single(Section):
+    """One process on one device, no sharding."""
+
+    kind: Literal["single"]
+
+
+class DDP(Section):
+    """Every rank holds everything; gradients are averaged (torch DistributedDataParallel)."""
+
+    kind: Literal["ddp"]
+
+
+class FSDP(Section):
+    """Parameters, gradients and optimizer state cut over the ranks (torch FSDP2, `fully_shard`)."""
+
+    kind: Literal["fsdp"]
+    reshard_after_forward: bool = True
+    """Free a block's gathered parameters after its forward pass and gather them again in the backward pass (as ZeRO-3);
+    false keeps them in between (as ZeRO-2): more memory, less communication."""
+    replicate: Annotated[int, Field(ge=1, le=2**20)] = 1
+    """Hybrid sharding (HSDP): this many replicas, each sharded over world size / replicate ranks."""
+    cpu_offload: bool = False
+    """Keep the sharded parameters, gradients and optimizer state in host memory."""
+
+
+class DeepSpeed(Section):
+    """DeepSpeed ZeRO. Sizes are elements, not bytes, and have DeepSpeed's own names."""
+
+    kind: Literal["deepspeed"]
+    zero_stage: Annotated[int, Field(ge=1, le=3)]
+    """What is cut over the ranks: 1 optimizer state, 2 gradients too, 3 parameters too. (For 0 use `ddp`.)"""
+    offload_optimizer: Literal["cpu", "nvme"] | None = None
+    """Where the optimizer state and its step live in place of the GPU; nvme wants stage 3 and nvme_path."""
+    offload_parameters: Literal["cpu", "nvme"] | None = None
+    """Where the parameter shards of stage 3 live in place of the GPU."""
+    nvme_path: Text | None = None
+    """Folder on a fast local disk, for the nvme offloads."""
+    overlap_comm: bool = True
+    """Reduce gradients while the backward pass goes on; takes a second reduce bucket."""
+    reduce_bucket_size: Annotated[int, Field(ge=1024, le=2**40)] = 50_000_000
+    """Gradient elements reduced at a time. Default: 100 MB of bf16, enough to fill a network and a tenth of DeepSpeed's."""
+    allgather_bucket_size: Annotated[int, Field(ge=1024, le=2**40)] | None = None
+    """Stages 1 and 2: parameter elements gathered at a time after the step. Default: as reduce_bucket_size."""
+    prefetch_bucket_size: Elements | None = None
+    """Stage 3: parameter elements fetched ahead of use. Default: 50,000,000, DeepSpeed's own."""
+    param_persistence_threshold: Elements | None = None
+    """Stage 3: tensors up to this many elements stay whole on every rank. Default: 100,000, DeepSpeed's own."""
+    max_live_parameters: Elements | None = None
+    """Stage 3: gathered elements alive at a time. Default: 1,000,000,000, DeepSpeed's own."""
+    max_reuse_distance: Elements | None = None
+    """Stage 3: parameters used again within this many elements are not freed. Default: 1,000,000,000, DeepSpeed's own."""
+    sub_group_size: Annotated[int, Field(ge=1024, le=2**40)] | None = None
+    """Stage 3: elements that the optimizer updates at a time. Default: 1,000,000,000, DeepSpeed's own."""
+    zero_hpz_partition_size: Count | None = None
+    """Stage 3: ranks in a secondary partition (ZeRO++ hpZ), usually those of a node; divides the world size."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "DeepSpeed":
+        stage3 = (
+            "offload_parameters prefetch_bucket_size param_persistence_threshold max_live_parameters "
+            "max_reuse_distance sub_group_size zero_hpz_partition_size"
+        ).split()
+        for name in stage3 if self.zero_stage < 3 else ["allgather_bucket_size"]:
+            if getattr(self, name) is not None:
+                right = "stage 3" if self.zero_stage < 3 else "stages 1 and 2"
+                raise ValueError(
+                    f"`{name}` must be absent at ZeRO stage {self.zero_stage}, but is {getattr(self, name)!r}: "
+                    f"DeepSpeed would ignore it; drop it or use {right}"
+                )
+        if self.offload_optimizer == "nvme" and self.zero_stage < 3:
+            raise ValueError(
+                f'`offload_optimizer` must be "cpu" or null at ZeRO stage {self.zero_stage}, but is "nvme"; use stage 3'
+            )
+        wants_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        if wants_nvme != (self.nvme_path is not None):
+            raise ValueError(
+                "`nvme_path` must be set when, and only when, something is offloaded to nvme, but "
+                + ("is absent; name a folder on a local disk" if wants_nvme else f"is {self.nvme_path!r}; drop it")
+            )
+        return self
+
+
+Backend = Annotated[Single | DDP | FSDP | DeepSpeed, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------- the rest
+
+
+class Validation(Section):
+    """When and on how much the validation loss is measured."""
+
+    interval: Count
+    """Optimizer steps between two validations; one more follows the last step."""
+    batches: Count
+    """Size of the fixed validation set, in global batches, as far as the data have that many samples."""
+
+
+class Profile(Section):
+    """What is recorded while training."""
+
+    interval: Count = 10
+    """Optimizer steps between two lines of metrics.jsonl; the last step is always recorded."""
+
+
+class Tracking(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run folder."""
+
+
+class Spec(Section):
+    """One training job."""
+
+    schema_: Text | None = Field(default=None, alias="$schema")
+    """Path or address of the JSON Schema, for editors."""
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Name of the run: its folder is runs/NAME."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1337
+    """Of the initial weights, the data order and dropout."""
+    model: Decoder
+    objective: CausalLM = CausalLM()
+    data: Data
+    batch: Batch
+    optimizer: AdamW
+    param_groups: Annotated[list[ParamGroup], Field(min_length=1, max_length=1000)] = [
+        ParamGroup(name="all", match=["*"])
+    ]
+    """Rules in order: the first that matches a parameter decides. Default: one group of everything."""
+    lr_scaling: LRScaling = LRScaling()
+    schedule: AnySchedule = Constant()
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of parameters in the forward and backward pass; master weights, moments and reductions are fp32 always."""
+    backend: Backend = FSDP(kind="fsdp")
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What each block keeps for its backward pass: everything; matrix products and attention; or its input alone."""
+    compile: bool = False
+    """torch.compile each block."""
+    max_steps: Count | None = None
+    """Optimizer steps to train; or give `epochs`."""
+    epochs: Positive | None = None
+    """Passes over the training samples, in place of max_steps; the number of steps is rounded down."""
+    max_grad_norm: Positive | None = 1.0
+    """Gradients are scaled down to this global 2-norm; null leaves them."""
+    validation: Validation | None = None
+    """Null: no validation."""
+    profile: Profile = Profile()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _length(self) -> "Spec":
+        if (self.max_steps is None) == (self.epochs is None):
+            both = self.max_steps is not None
+            raise ValueError(
+                f"exactly one of `max_steps` and `epochs` must be set, but {'both are' if both else 'neither is'}; "
+                + ("drop one" if both else "set max_steps")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "Spec":
+        if self.max_steps is None:
+            return self
+        decay = self.schedule.decay_steps if isinstance(self.schedule, WSD) else 0
+        needed = self.schedule.warmup_steps + decay
+        if needed > self.max_steps:
+            raise ValueError(
+                f"`schedule.warmup_steps`{' + decay_steps' if decay else ''} must be at most max_steps "
+                f"({self.max_steps}), but is {needed}; shorten it or train longer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _data_fits_model(self) -> "Spec":
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"`data.sequence_length` must be at most model.max_position_embeddings "
+                f"({self.model.max_position_embeddings}), but is {self.data.sequence_length}; change one of them"
+            )
+        if isinstance(self.data, TextData) and self.data.tokenizer == "bytes" and self.model.vocab_size < 256:
+            raise ValueError(
+                '`model.vocab_size` must be at least 256 for the tokenizer "bytes", '
+                f"but is {self.model.vocab_size}; set it to 256"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _group_names(self) -> "Spec":
+        names = [group.name for group in self.param_groups]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"`param_groups` must have distinct names, but {name!r} stands twice; rename one")
+        return self
+
+    @model_validator(mode="after")
+    def _validation_has_data(self) -> "Spec":
+        held_out = self.data.validation_samples if isinstance(self.data, SyntheticData) else self.data.validation
+        if self.validation is not None and held_out == 0:
+            raise ValueError(
+                "`validation` must be null when no data are held out, but is set; set `data.validation` to 0.05, say"
+            )
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as plain JSON values, every default spelt out; `Spec` parses it back to an equal value."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=False)
+
+
+def _nearest_multiples(value: int, step: int) -> str:
+    low = value - value % step
+    return f"{low} or {low + step}" if low else f"{step}"
+
+
+def _divisors(value: int) -> list[int]:
+    return [d for d in range(1, min(value, 4096) + 1) if value % d == 0]

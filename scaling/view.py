@@ -1,0 +1,148 @@
+"""Plain data as tables and lines for people. Apart from the live progress display, the one module that uses rich.
+
+rich is imported inside the functions, so that a command that prints JSON does not pay for it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from scaling.records import BatchPlan
+from scaling.units import format_count
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+WIDTH = 100
+"""Columns of text that goes to a file, whatever the terminal: two runs' logs can then be compared line by line."""
+
+
+class GroupRow(Protocol):
+    """What `groups_table` shows of one parameter group; `scaling.groups.Group` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tensors(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def lr(self) -> float | None: ...
+    @property
+    def weight_decay(self) -> float | None: ...
+    @property
+    def betas(self) -> tuple[float, float] | None: ...
+    @property
+    def frozen(self) -> bool: ...
+
+
+def batch_line(plan: BatchPlan) -> str:
+    """One line for the head of a log: the sum behind the global batch, and its tokens."""
+    return (
+        f"global batch {plan.sentence}; {plan.global_tokens:,} tokens a step in sequences of {plan.sequence_length:,}"
+    )
+
+
+def groups_table(rows: Sequence[GroupRow]) -> Table:
+    """The parameter groups with their peak settings, in order, and the number of parameters that train."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    trained = sum(row.parameters for row in rows if not row.frozen)
+    total = sum(row.parameters for row in rows)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_footer=True,
+        title="Parameter groups",
+        title_justify="left",
+        caption=f"{format_count(trained)} of {format_count(total)} parameters train",
+        caption_justify="left",
+    )
+    table.add_column("group", "total", overflow="fold")
+    table.add_column("tensors", f"{sum(row.tensors for row in rows):,}", justify="right", no_wrap=True)
+    table.add_column("parameters", format_count(total), justify="right", no_wrap=True)
+    table.add_column("peak lr", justify="right", no_wrap=True)
+    table.add_column("weight\ndecay", justify="right", no_wrap=True)
+    table.add_column("betas", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            Text(row.name),  # Text, so that brackets in a name are not read as markup
+            f"{row.tensors:,}",
+            format_count(row.parameters),
+            _number(row.lr),
+            _number(row.weight_decay),
+            "-" if row.betas is None else ", ".join(_number(beta) for beta in row.betas),
+            "frozen" if row.frozen else "trained",
+            style="dim" if row.frozen else None,
+        )
+    return table
+
+
+def as_text(renderable: RenderableType, width: int = WIDTH) -> str:
+    """`renderable` as plain text of `width` columns, with neither colours nor trailing blanks."""
+    stream = io.StringIO()
+    _console(stream, width).print(renderable)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
+
+
+def print_table(renderable: RenderableType, width: int | None = None) -> None:
+    """Show `renderable` on standard output: in colour and as wide as the terminal, unless `width` says otherwise."""
+    from rich.console import Console
+
+    Console(width=width, highlight=False).print(renderable)
+
+
+def _console(stream: io.StringIO, width: int) -> Console:
+    from rich.console import Console
+
+    return Console(
+        file=stream, width=width, color_system=None, force_terminal=False, force_jupyter=False, highlight=False
+    )
+
+
+def _number(value: float | None) -> str:
+    """A setting in at most six digits; "-" where there is none, as in a frozen group."""
+    return "-" if value is None else f"{value:.6g}"
+
+
+class ParityRow(Protocol):
+    """What `parity_table` shows of one run; `scaling.parity.Outcome` is one."""
+
+    @property
+    def backend(self) -> str: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def grad_norm(self) -> float: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def first_step_apart(self) -> int | None: ...
+
+
+def parity_table(rows: Sequence[ParityRow], tolerance: float, steps: int) -> Table:
+    """The largest relative differences of each run from the first, over `steps` steps."""
+    from rich import box
+    from rich.table import Table
+
+    title = f"Largest relative difference from the first run over {steps} steps (tolerance {tolerance:g})"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for name in ("backend", "ranks", "loss", "grad norm", "lr", "parts at step"):
+        table.add_column(name, justify="left" if name == "backend" else "right", no_wrap=True)
+    for row in rows:
+        if row.error is not None:
+            table.add_row(row.backend, str(row.world_size), "failed", "-", "-", "-")
+            continue
+        apart = "-" if row.first_step_apart is None else str(row.first_step_apart)
+        figures = [f"{value:.1e}" if value else "0" for value in (row.loss, row.grad_norm, row.lr)]
+        table.add_row(row.backend, str(row.world_size), *figures, apart)
+    return table
