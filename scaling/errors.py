@@ -15,6 +15,10 @@ class UserError(ValueError):
 
     code = 2
     """Exit code of the process: the spec or the command line is wrong."""
+    step: int | None = None
+    """Optimizer step at which it came to light, where it was during training."""
+    rank: int | None = None
+    """The rank at fault, where that is known."""
 
 
 class DoesNotFit(UserError):
@@ -24,9 +28,13 @@ class DoesNotFit(UserError):
 
 
 class NonFinite(UserError):
-    """The loss or the gradient is NaN or infinite."""
+    """The loss or the gradient is NaN or infinite; every rank raises it alike."""
 
     code = 4
+
+    def __init__(self, message: str, *, step: int, rank: int | None) -> None:
+        super().__init__(message)
+        self.step, self.rank = step, rank
 
 
 class StorageError(UserError):

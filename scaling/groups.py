@@ -71,6 +71,13 @@ def group_of(groups: Sequence[Group]) -> dict[str, Group]:
 
 def _assign(rules: Sequence[ParamGroup], parameters: Sequence[Parameter]) -> list[list[Parameter]]:
     patterns = [[re.compile(translate(glob)) for glob in rule.match] for rule in rules]
+    for i, rule in enumerate(rules):
+        for j, (glob, pattern) in enumerate(zip(rule.match, patterns[i], strict=True)):
+            if not any(pattern.match(parameter.name) for parameter in parameters):
+                raise UserError(
+                    f"`param_groups.{i}.match.{j}` must match a parameter, but {glob!r} matches none; "
+                    f"did you mean {_near(glob, parameters)}?"
+                )
     assigned: list[list[Parameter]] = [[] for _ in rules]
     for parameter in parameters:
         owner = next((i for i, some in enumerate(patterns) if any(p.match(parameter.name) for p in some)), None)
@@ -80,21 +87,15 @@ def _assign(rules: Sequence[ParamGroup], parameters: Sequence[Parameter]) -> lis
                 'add it to a rule, or end with {"name": "rest", "match": ["*"]}'
             )
         assigned[owner].append(parameter)
-    for i, rule in enumerate(rules):
-        for j, (glob, pattern) in enumerate(zip(rule.match, patterns[i], strict=True)):
-            if not any(pattern.match(parameter.name) for parameter in parameters):
-                raise UserError(
-                    f"`param_groups.{i}.match.{j}` must match a parameter, but {glob!r} matches none; "
-                    f"did you mean {_near(glob, parameters)}?"
-                )
     return assigned
 
 
 def _near(glob: str, parameters: Sequence[Parameter]) -> str:
-    """Up to three real names or prefixes like `glob`."""
-    prefixes = {".".join(p.name.split(".")[:depth]) for p in parameters for depth in range(1, p.name.count(".") + 2)}
-    prefixes -= {p.name for p in parameters}
-    candidates = [p.name for p in parameters] + [f"{prefix}.*" for prefix in sorted(prefixes)]
+    """Up to three globs like `glob` that do match; the blocks, which are all alike, stand once, as `layers.*`."""
+    names = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", parameter.name) for parameter in parameters)
+    parts = [name.split(".") for name in names]
+    prefixes = dict.fromkeys(".".join([*part[:depth], "*"]) for part in parts for depth in range(1, len(part)))
+    candidates = [*names, *(prefix for prefix in prefixes if not prefix.endswith("*.*"))]
     close = difflib.get_close_matches(glob, candidates, n=3, cutoff=0.3) or candidates[:3]
     return ", ".join(repr(name) for name in close)
 

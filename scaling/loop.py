@@ -57,7 +57,7 @@ def _train_step(
     targets = process.sum_over_ranks(torch.tensor(float(targets), device=device)).clamp(min=1.0)
     # Gradients are averaged over ranks; each rank's share of the sum is therefore scaled up by their number.
     scale = process.world_size / targets
-    total = torch.zeros((), device=device)
+    total = torch.full((), 0.0, device=device)
     for index, batch in enumerate(micro_batches):
         with engine.micro_step(last=index == len(micro_batches) - 1):
             with clock.phase("forward"):
@@ -83,7 +83,7 @@ def measure_validation(
     """The mean loss over the target tokens of `batches` on all ranks; every rank must bring as many batches."""
     began = time.perf_counter()
     engine.module.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.full((2,), 0.0, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
             loss = objective(engine.module, _to(batch, process.device))
@@ -98,7 +98,7 @@ def measure_validation(
 
 def _over_ranks(total: Tensor, process: Process) -> tuple[Tensor, Tensor]:
     """The summed loss of all ranks, and which ranks' own was not finite, in one collective."""
-    values = torch.zeros(1 + process.world_size, device=total.device)
+    values = torch.full((1 + process.world_size,), 0.0, device=total.device)
     values[0] = total
     values[1 + process.rank] = (~total.isfinite()).float()
     process.sum_over_ranks(values)

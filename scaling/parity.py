@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling.errors import UserError
+from scaling.errors import CommandLine, UserError, run_command
 from scaling.spec import Spec, load_spec
 from scaling.view import parity_table, print_table
 
@@ -74,12 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.worker:
         return _work(options)
-    try:
-        spec = load_spec(options.spec, options.set)
-        combinations = _combinations(options.backends, options.world_sizes)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.code
+    spec = load_spec(options.spec, options.set)
+    combinations = _combinations(options.backends, options.world_sizes)
     tolerance = options.tolerance or TOLERANCE[spec.precision]
     curves = measure(spec, combinations, options.steps)
     outcomes = compare(curves, tolerance)
@@ -165,9 +161,7 @@ def _launch(spec_file: Path, names: Sequence[str], world_size: int, steps: int) 
     _say(f"world size {world_size}: {', '.join(names)}")
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     lines = out.read_text().splitlines() if out.exists() else []
-    curves = [
-        Curve(row["backend"], world_size, tuple(row["steps"]), row["error"]) for row in map(json.loads, lines)
-    ]
+    curves = [Curve(row["backend"], world_size, tuple(row["steps"]), row["error"]) for row in map(json.loads, lines)]
     if len(curves) < len(names) and all(curve.error is None for curve in curves):
         tail = " | ".join(line for line in done.stderr.splitlines() if "Error" in line)[-600:]
         curves.append(Curve(names[len(curves)], world_size, (), tail or f"exit code {done.returncode}"))
@@ -215,16 +209,16 @@ def _combinations(backends: str, world_sizes: str) -> list[tuple[str, int]]:
     sizes = world_sizes.split(",")
     if not all(size.isdigit() and int(size) > 0 for size in sizes):
         raise UserError(f"`--world-sizes` must be positive numbers such as 1,2,4, but is {world_sizes!r}; correct it")
-    found = [(name, int(size)) for name in names for size in sizes if name != "single" or size == sizes[0]]
-    return [(name, 1) if name == "single" else (name, size) for name, size in found]
+    found = [(name, 1 if name == "single" else int(size)) for name in names for size in sizes]
+    return list(dict.fromkeys(found))
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scaling.parity", description=__doc__.splitlines()[0])
+def _parser() -> CommandLine:
+    parser = CommandLine(prog="python -m scaling.parity", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--spec", required=True, metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
     parser.add_argument("--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field; repeatable")
     parser.add_argument("--backends", default=DEFAULT_BACKENDS, help=f"of {','.join(BACKENDS)}")
@@ -237,4 +231,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,9 +1,9 @@
 """Train what a spec says: the entry point under any launcher, and `run` for those who call it from Python."""
 
-import argparse
 import logging
 import os
 import sys
+from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.batch import resolve_batch
-from scaling.errors import DoesNotFit, NonFinite, StorageError, UserError
+from scaling.errors import CommandLine, DoesNotFit, NonFinite, StorageError, UserError, run_command
 from scaling.estimate.flops import train_flops_per_token
 from scaling.groups import Group, empty_groups, resolve_groups
 from scaling.hardware import gpu_from_device_name
@@ -50,10 +50,10 @@ def resolve(spec: Spec, world_size: int) -> Job:
     return Job(spec, plan, render(spec, world_size), groups, scale)
 
 
-def run(job: Job, process: "Process", sinks: "Sequence[Sink]" = (), *, stop_after: int | None = None) -> None:
+def run(job: Job, process: "Process", sinks: "Sequence[Sink]" = (), *, stop_after: int | None = None) -> int:
     """Train `job` in this process group, on every rank alike, for `stop_after` steps of its schedule (default: all).
 
-    Raises UserError and its kin, and torch's OutOfMemoryError.
+    Returns the number of steps done. Raises UserError and its kin, and torch's OutOfMemoryError.
     """
     import torch
 
@@ -121,6 +121,7 @@ def run(job: Job, process: "Process", sinks: "Sequence[Sink]" = (), *, stop_afte
             validation_interval=spec.validation.interval if spec.validation else None,
             validate=validate if spec.validation else None,
         )
+    return last_step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,33 +137,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _train(job, options)
 
 
-def _train(job: Job, options: argparse.Namespace) -> int:
+def _train(job: Job, options: Namespace) -> int:
     from scaling.engine.process import process_from_environment
 
     folder = None if options.dry_run else Path(options.run_dir or f"runs/{job.spec.name}")
-    code, reason, rank = 0, "done", 0
+    opened, rank, step = False, 0, None
     try:
         with process_from_environment() as process:
             rank = process.rank
             _start_logging(process)
             if folder is not None:
                 _open_run_folder(folder, job, process)
+                opened = True
             _show(job, process)
-            _run_guarded(job, process, folder)
+            step = _run_guarded(job, process, folder)
     except UserError as error:
-        code, reason = error.code, str(error)
-        if rank == 0:
-            print(reason, file=sys.stderr)
-        elif not isinstance(error, NonFinite):  # which every rank raises alike
-            print(f"[rank {rank}] {reason}", file=sys.stderr)
-    if folder is not None and folder.is_dir() and (rank == 0 or code) and code != StorageError.code:
-        write_exit(folder, code=code, reason=reason, rank=rank, step=None)
-    if code == 0 and rank == 0:
-        print(f"done: {folder}" if folder else "dry run done: the spec is valid, fits and takes a step")
-    return code
+        # Every rank raises a non-finite step alike; other errors may be this rank's alone.
+        if rank == 0 or not isinstance(error, NonFinite):
+            print(f"[rank {rank}] {error}" if rank else error, file=sys.stderr)
+        if folder is not None and opened and (rank == 0 or not isinstance(error, NonFinite)):
+            at_fault = rank if error.rank is None else error.rank
+            write_exit(folder, code=error.code, reason=str(error), rank=at_fault, step=error.step)
+        return error.code
+    if rank == 0:
+        if folder is not None:
+            write_exit(folder, code=0, reason="done", rank=0, step=step)
+        print(f"done: {folder}" if folder else "dry run done: the spec is valid, the model is built and takes a step")
+    return 0
 
 
-def _run_guarded(job: Job, process: "Process", folder: Path | None) -> None:
+def _run_guarded(job: Job, process: "Process", folder: Path | None) -> int:
     """`run`, with an exhausted memory told as the user's matter."""
     import torch
 
@@ -173,7 +177,7 @@ def _run_guarded(job: Job, process: "Process", folder: Path | None) -> None:
         sinks = [JsonLines(folder), Terminal()]
         sinks += [TensorBoard(folder)] if job.spec.tracking.tensorboard else []
     try:
-        run(job, process, sinks, stop_after=None if folder else 1)
+        return run(job, process, sinks, stop_after=None if folder else 1)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
@@ -190,15 +194,15 @@ def _announced_world_size() -> int:
     return int(text) if text.isdigit() else 1  # process_from_environment refuses what is no number
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train.py", description="Train what a spec says.")
+def _parser() -> CommandLine:
+    parser = CommandLine(prog="train.py", description="Train what a spec says.")
     parser.add_argument("--spec", required=True, metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field (JSON value); repeatable"
     )
     parser.add_argument("--run-dir", metavar="DIR", help="the run folder (default: runs/NAME)")
     parser.add_argument("--dry-run", action="store_true", help="validate, build, take one step, write nothing")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    parser.add_argument("--local_rank", "--local-rank", help=SUPPRESS)  # DeepSpeed's launcher passes it
     return parser
 
 
@@ -272,4 +276,4 @@ def _device_name(process: "Process") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -16,7 +16,7 @@ DECAYING = [
     WSD(kind="wsd", warmup_steps=10, decay_steps=30, min_lr_ratio=0.2),
     CosineWithRestarts(kind="cosine_with_restarts", warmup_steps=10, cycles=3, min_lr_ratio=0.2),
 ]
-ALL = [Constant(warmup_steps=10), *DECAYING]
+ALL = [Constant(kind="constant", warmup_steps=10), *DECAYING]
 
 
 def curve(schedule: Any, max_steps: int) -> list[float]:
@@ -53,7 +53,7 @@ def test_values_by_hand() -> None:
     expected = [1.0, 0.5 + half, 0.5, 0.5 - half]
     assert curve(Cosine(kind="cosine", min_lr_ratio=0.0), 4) == pytest.approx(expected, abs=1e-15)
     assert curve(WSD(kind="wsd", warmup_steps=1, decay_steps=2), 6) == [1.0, 1.0, 1.0, 1.0, 1.0, 0.5]
-    assert curve(Constant(warmup_steps=4), 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert curve(Constant(kind="constant", warmup_steps=4), 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     restarts = curve(CosineWithRestarts(kind="cosine_with_restarts", cycles=2), 8)
     assert restarts == pytest.approx(expected * 2, abs=1e-15)
 
@@ -100,9 +100,10 @@ def test_short_and_long_warmups(kind: Any, warmup: int, first: float) -> None:
 
 
 def test_one_step() -> None:
-    assert [lr_factor(schedule, 0, 1) for schedule in (Constant(), Cosine(kind="cosine"), Linear(kind="linear"))] == [
-        1
-    ] * 3
+    assert [
+        lr_factor(schedule, 0, 1)
+        for schedule in (Constant(kind="constant"), Cosine(kind="cosine"), Linear(kind="linear"))
+    ] == [1] * 3
     assert lr_factor(WSD(kind="wsd", decay_steps=1), 0, 1) == 1.0
 
 
@@ -148,14 +149,14 @@ def test_very_long_runs_stay_exact() -> None:
 
 def test_a_schedule_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"warmup_steps` must be at most the steps of the run \(9\), but is 10"):
-        check_schedule(Constant(warmup_steps=10), 9)
+        check_schedule(Constant(kind="constant", warmup_steps=10), 9)
     with pytest.raises(UserError, match=r"warmup_steps` \+ decay_steps must be .* but is 40"):
         check_schedule(WSD(kind="wsd", warmup_steps=10, decay_steps=30), 39)
     with pytest.raises(UserError, match="cycles"):
         check_schedule(CosineWithRestarts(kind="cosine_with_restarts", cycles=11), 10)
     for schedule in ALL:
         check_schedule(schedule, 100)
-    check_schedule(Constant(warmup_steps=10), 10)
+    check_schedule(Constant(kind="constant", warmup_steps=10), 10)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from scaling.engine.blocks import checkpoint_blocks, compile_blocks
 from scaling.engine.optimizer import build_adamw
 from scaling.engine.process import Process
 from scaling.engine.protocol import FlatShard
+from scaling.errors import UserError
 from scaling.groups import Group
 from scaling.models.recipe import ModelRecipe, canonical_name
 from scaling.spec.sections import DeepSpeed, Spec
@@ -28,6 +30,7 @@ def build_deepspeed(
 ) -> "DeepSpeedEngine":
     """Model, then optimizer, then `deepspeed.initialize`; then the fp32 initial values into its master weights."""
     deepspeed = _import_deepspeed(process)
+    _check_abilities(deepspeed, spec, backend)
     stage3 = backend.zero_stage == 3
     context = deepspeed.zero.Init(config_dict_or_path=rendered) if stage3 else torch.device(process.device)
     with context:
@@ -82,24 +85,32 @@ class DeepSpeedEngine:
 
     def step(self) -> Tensor:
         self._engine.step()
+        self._forget_refused_gradients()
         norm = self._engine.get_global_grad_norm()
         norm = torch.as_tensor(norm, dtype=torch.float32, device=self._engine.device)
         # DeepSpeed says inf, or -1, where it refused a non-finite step.
         return torch.where(norm < 0, torch.inf, norm)
+
+    def _forget_refused_gradients(self) -> None:
+        """DeepSpeed 0.19.8 at stages 1 and 2 with offload keeps a non-finite gradient and adds later ones to it."""
+        optimizer = self._engine.optimizer
+        if not self._stage3 and getattr(optimizer, "cpu_offload", False) and optimizer.overflow:
+            for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+                gradients.update(dict.fromkeys(gradients))
 
     def state(self) -> Iterator[FlatShard]:
         for name, parameter in self._parameters.items():
             if self._stage3:
                 yield from _stage3_shards(name, parameter)
             else:
-                yield from _stage12_shards(name, parameter, self._engine.global_rank)
+                yield from _stage12_shards(name, parameter, self._engine.optimizer, self._engine.global_rank)
 
     def close(self) -> None:
         self._engine.destroy()
 
     @torch.no_grad()
     def restore_masters(self, recipe: ModelRecipe) -> None:
-        """Write the initial values into the fp32 masters: DeepSpeed made them from parameters already rounded to 16 bits."""
+        """Write the initial values into the fp32 masters: DeepSpeed made them of parameters rounded to 16 bits."""
         if not (self._engine.bfloat16_enabled() or self._engine.fp16_enabled()):
             return
         whole = {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items() if p.requires_grad}
@@ -114,7 +125,10 @@ class DeepSpeedEngine:
 def _import_deepspeed(process: Process) -> Any:
     # DeepSpeed guesses its device from what is installed; ours is decided already.
     os.environ.setdefault("DS_ACCELERATOR", process.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(process.local_rank))  # absent without a launcher, and it insists
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives by names that newer torch versions deprecate: hundreds of lines that nobody here can act on.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -123,6 +137,21 @@ def _import_deepspeed(process: Process) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if process.device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
+
+
+def _check_abilities(deepspeed: Any, spec: Spec, backend: DeepSpeed) -> None:
+    """Refuse, as the user's matter, what DeepSpeed would refuse from its depths on this machine."""
+    if spec.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        raise UserError(
+            '`precision` must be "bf16" or "fp32" for DeepSpeed on this device, which has no fp16, but is "fp16"; '
+            "change it"
+        )
+    wants_nvme = "nvme" in (backend.offload_optimizer, backend.offload_parameters)
+    if wants_nvme and not deepspeed.ops.__compatible_ops__.get("async_io", False):
+        raise UserError(
+            '`backend.offload_optimizer` and `backend.offload_parameters` must be "cpu" or null on this machine, where '
+            'DeepSpeed finds no libaio, but one is "nvme"; install libaio (libaio-dev on Debian), or offload to the CPU'
+        )
 
 
 @torch.no_grad()
@@ -138,17 +167,25 @@ def _fill(
                 parameter.copy_(recipe.initial_value(name, parameter.shape))
 
 
-def _stage12_shards(name: str, parameter: nn.Parameter, rank: int) -> Iterator[FlatShard]:
+def _stage12_shards(name: str, parameter: nn.Parameter, optimizer: Any, rank: int) -> Iterator[FlatShard]:
     """ZeRO-1/2: what `_hp_mapping` says this rank owns; frozen parameters are whole on every rank, rank 0's counts."""
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
         if rank == 0 and not parameter.requires_grad:
             yield FlatShard(name, "master", parameter.numel(), 0, parameter.detach().view(-1))
         return
-    start = mapping.lp_fragment_address.start
-    yield FlatShard(name, "master", parameter.numel(), start, mapping.get_hp_fragment())
-    for kind in mapping.get_optim_state_keys() if mapping.optim_fragment else ():
-        yield FlatShard(name, kind, parameter.numel(), start, mapping.get_hp_fragment(kind))
+    # Not `optim_fragment`: DeepSpeed 0.19.8 links the moments while the first group steps, when others have none yet.
+    names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")  # ZeRO; ZeRO-1 in bf16
+    flats = next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+    flat, place = flats[mapping.param_group_index], mapping.hp_fragment_address
+    for kind, values in {"master": flat, **_moments(optimizer, flat)}.items():
+        fragment = values.detach().narrow(0, place.start, place.numel)
+        yield FlatShard(name, kind, parameter.numel(), mapping.lp_fragment_address.start, fragment)
+
+
+def _moments(optimizer: Any, flat: Tensor) -> dict[str, Tensor]:
+    state = optimizer.optimizer.state.get(flat, {})
+    return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
 
 
 def _stage3_shards(name: str, parameter: Any) -> Iterator[FlatShard]:
@@ -162,6 +199,5 @@ def _stage3_shards(name: str, parameter: Any) -> Iterator[FlatShard]:
     optimizer = parameter._z3_optimizer
     group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
     flat = optimizer.fp32_partitioned_groups_flat[group]
-    moments = {k: v for k, v in optimizer.optimizer.state.get(flat, {}).items() if k in ("exp_avg", "exp_avg_sq")}
-    for kind, values in {"master": flat, **moments}.items():
+    for kind, values in {"master": flat, **_moments(optimizer, flat)}.items():
         yield FlatShard(name, kind, parameter.ds_numel, start, values.detach().narrow(0, offset, kept))

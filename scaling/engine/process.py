@@ -2,7 +2,10 @@
 
 import contextlib
 import datetime
+import gc
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,13 +60,19 @@ def process_from_environment() -> Iterator[Process]:
     # Objects travel over gloo so that gathering a name does not touch the GPU.
     backend = "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo"
     if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        # torch documents dist.HashStore, but its stubs do not export it.
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     else:
         device_id = process.device if process.device.type == "cuda" else None
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
     try:
         yield process
     finally:
+        # A model that is still alive, in a reference cycle or in the frames of a failure, holds communicators whose
+        # threads would abort the process at its exit, and with it the exit code.
+        traceback.clear_frames(sys.exc_info()[2])
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -35,7 +35,7 @@ class Engine(Protocol):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The live optimizer's groups, each with "name" and "initial_lr"; setting "lr" takes effect at the next step."""
+        """The live optimizer's groups, each with "name" and "initial_lr"; a new "lr" takes effect at the next step."""
         ...
 
     @property

@@ -155,7 +155,8 @@ class TorchEngine:
         return [gradient for gradient in found if gradient is not None]
 
     def _global_norm(self, gradients: list[Tensor]) -> Tensor:
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        # As torch.nn.utils.get_total_norm does, but in fp32.
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
         total = torch.stack([norm.to(self._device) for norm in norms]).square().sum()
         if self._shard_group is not None:
             dist.all_reduce(total, group=self._shard_group)

@@ -11,26 +11,38 @@ def train_flops_per_token(model: Decoder, sequence_length: int, frozen: Collecti
 
     Each element of a matrix costs 2 in the forward pass, 2 where a gradient flows on through it, and 2 where it is
     trained itself (Kaplan et al., 2020, without their assumption that everything trains). Attention scores and their
-    product with the values cost 4 x width x sequence per token and layer forward, twice that backward, causal masking
-    not discounted (as PaLM's MFU counts, Chowdhery et al., 2022, appendix B).
+    product with the values cost 4 x width x sequence per token and layer forward, up to twice that backward, causal
+    masking not discounted (as PaLM's MFU counts, Chowdhery et al., 2022, appendix B).
     """
-    names = [parameter.name for parameter in parameters(model)]
-    first_trained = next((i for i, name in enumerate(names) if name not in frozen), len(names))
-    total = 0.0
-    for i, parameter in enumerate(parameters(model)):
-        is_head = parameter.name == "lm_head.weight" or (
-            parameter.name == "embed_tokens.weight" and model.tie_word_embeddings
-        )
-        if len(parameter.shape) < 2 or (parameter.name.startswith("embed_") and not is_head):
-            continue  # adding and looking up are not matrix products
-        trained = parameter.name not in frozen
-        # A gradient flows on through a matrix if something before it in the forward pass is trained.
-        flows = is_head or first_trained < i
-        total += parameter.elements * (2 + 2 * flows + 2 * trained)
-    width = model.num_attention_heads * head_dim(model)
+    elements = {parameter.name: parameter.elements for parameter in parameters(model)}
+    trained = elements.keys() - set(frozen)
+    training = {name.rpartition(".")[0] for name in trained}  # modules with anything trained in them
+    scores = 2 * model.num_attention_heads * head_dim(model) * sequence_length
+
+    def product(module: str, flows: bool) -> int:
+        weight = f"{module}.weight"
+        return elements[weight] * (2 + 2 * flows + 2 * (weight in trained))
+
+    # The forward pass, with what autograd knows of each value: whether anything before it trains.
+    stream = not training.isdisjoint(("embed_tokens", "embed_positions"))
+    total = 0
     for block in blocks(model):
-        own = next(i for i, name in enumerate(names) if name.startswith(f"{block}."))
-        last = max(i for i, name in enumerate(names) if name.startswith(f"{block}."))
-        flows = first_trained < own or any(name not in frozen for name in names[own : last + 1])
-        total += 4 * width * sequence_length * (3 if flows else 1)
-    return total
+        attention, mlp = f"{block}.self_attn", f"{block}.mlp"
+        normed = stream or f"{block}.input_layernorm" in training
+        total += sum(product(f"{attention}.{name}_proj", normed) for name in "qkv")
+        query, key, value = (
+            normed or not training.isdisjoint((f"{attention}.{name}_proj", f"{attention}.{name}_norm"))
+            for name in "qkv"
+        )
+        total += scores * (1 + query + key) + scores * (1 + (query or key) + value)
+        mixed = query or key or value
+        total += product(f"{attention}.o_proj", mixed)
+        stream = mixed or f"{attention}.o_proj" in training
+        normed = stream or f"{block}.post_attention_layernorm" in training
+        inwards = [f"{mlp}.{name}_proj" for name in (("gate", "up") if model.activation == "swiglu" else ("up",))]
+        total += sum(product(module, normed) for module in inwards)
+        inner = normed or not training.isdisjoint(inwards)
+        total += product(f"{mlp}.down_proj", inner)
+        stream = inner or f"{mlp}.down_proj" in training
+    head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
+    return float(total + product(head, stream or "norm" in training))

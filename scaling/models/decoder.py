@@ -28,7 +28,7 @@ def decoder_recipe(spec: DecoderSpec, objective: CausalLM, seed: int) -> ModelRe
 
 
 def fill_parameter(spec: DecoderSpec, name: str, value: Tensor, generator: torch.Generator) -> None:
-    """Initial values as GPT-2 (Radford et al., 2019): normal, smaller for the projections back into the residual stream."""
+    """Initial values as GPT-2 (Radford et al., 2019): normal, smaller for projections back into the residual stream."""
     module, kind = name.split(".")[-2:]
     if kind == "bias":
         value.zero_()
@@ -169,7 +169,7 @@ class Head(Linear):
         self.chunked = chunked
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits [batch, sequence, outputs], or with `targets` [batch, sequence] the summed cross-entropy (fp32 scalar)."""
+        """Logits [batch, sequence, outputs], or with `targets` [batch, sequence] the summed cross-entropy (fp32)."""
         if targets is None:
             return F.linear(hidden, self.weight)
         return summed_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), chunked=self.chunked)
@@ -182,7 +182,7 @@ def _norm(spec: DecoderSpec) -> nn.Module:
 
 
 def _rotation(spec: DecoderSpec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [sequence, head_dim] of the rotary embedding (Su et al., 2021), halves as Llama lays them out."""
+    """Cosines and sines [sequence, head_dim] of the rotary embedding (Su et al., 2021), halves laid out as Llama's."""
     width = head_dim(spec)
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     angles = torch.outer(positions.float(), spec.rope_theta**-exponents)

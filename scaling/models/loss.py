@@ -9,7 +9,7 @@ from torch import Tensor
 IGNORED = -100
 """Target of a masked position, as torch and Hugging Face have it."""
 CHUNK_ELEMENTS = 2**25
-"""Logits alive at a time in the chunked form: 128 MiB of fp32, 667 rows of GPT-2's vocabulary, enough to fill a GEMM."""
+"""Logits alive at a time in the chunked form: 128 MiB of fp32, 667 rows of GPT-2's vocabulary, plenty for a GEMM."""
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunked: bool) -> Tensor:
@@ -18,6 +18,8 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
     hidden [rows, width], weight [vocabulary, width], targets int64 [rows].
     """
     if chunked:
+        if not torch.is_grad_enabled():  # a Function is told who requires a gradient, not that nobody will ask for it
+            hidden, weight = hidden.detach(), weight.detach()
         return _ChunkedCrossEntropy.apply(hidden, weight, targets)  # pyright: ignore[reportReturnType]
     logits = F.linear(hidden, weight).float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")

@@ -34,12 +34,10 @@ class ModelRecipe:
         return value
 
 
-WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-"""Name prefixes that DDP, torch.compile, checkpoint wrappers and FSDP1 put in."""
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Attributes under which DDP, torch.compile, checkpoint wrappers and FSDP1 hold what they wrap."""
 
 
 def canonical_name(name: str) -> str:
     """`name` as the unwrapped model has it."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "") if name.startswith(wrapper) else name.replace(f".{wrapper}", ".")
-    return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

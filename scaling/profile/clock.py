@@ -1,4 +1,4 @@
-"""Where a step's time goes, by phase. On a GPU by events, which are read when the step's results are, never waited for."""
+"""Where a step's time goes, by phase. On a GPU by events, read when the step's results are, never waited for."""
 
 import contextlib
 import time
@@ -45,7 +45,7 @@ class Lap:
 
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds. On a GPU the device must have finished the step."""
-        found = dict.fromkeys(PHASES, 0.0)
+        found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         for name, start, end in self._spans:
             if isinstance(start, torch.cuda.Event):
                 assert isinstance(end, torch.cuda.Event)

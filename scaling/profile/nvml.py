@@ -32,11 +32,9 @@ class DeviceMonitor:
             return dict(UNKNOWN)
         return {
             "used_bytes": _ask(lambda: int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)),
-            "utilization": _ask(lambda: pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100),
+            "utilization": _ask(lambda: int(pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu) / 100),
             "power_watts": _ask(lambda: pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000),
-            "temperature_c": _ask(
-                lambda: pynvml.nvmlDeviceGetTemperature(self._handle, pynvml.NVML_TEMPERATURE_GPU)
-            ),
+            "temperature_c": _ask(lambda: pynvml.nvmlDeviceGetTemperature(self._handle, pynvml.NVML_TEMPERATURE_GPU)),
         }
 
 

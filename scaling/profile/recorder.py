@@ -120,7 +120,8 @@ class Recorder:
         finite = math.isfinite(loss) and math.isfinite(norm)
         skipped = not finite and math.isfinite(loss) and flight.loss_scale > 1
         if not finite and not skipped:
-            raise NonFinite(_blame(flight.step, loss, norm, [rank for rank, flag in enumerate(bad) if flag]))
+            ranks = [rank for rank, flag in enumerate(bad) if flag]
+            raise NonFinite(_blame(flight.step, loss, norm, ranks), step=flight.step, rank=ranks[0] if ranks else None)
         self._window_steps += 1
         if flight.step % self._interval == 0 or flight.step == self._last_step or skipped:
             record = self._record(flight, loss, norm, skipped)

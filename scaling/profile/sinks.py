@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +47,7 @@ class JsonLines:
 
     def _write(self, name: str, record: Any) -> None:
         try:
-            self._files[name].write(json.dumps(dataclasses.asdict(record)) + "\n")
+            self._files[name].write(json.dumps(_strict(dataclasses.asdict(record)), allow_nan=False) + "\n")
             self._files[name].flush()
         except OSError as error:
             raise StorageError(
@@ -150,6 +151,11 @@ class Memory:
 
     def close(self) -> None:
         pass
+
+
+def _strict(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: the gradient norm of a skipped step becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _progress_bar(last_step: int) -> Any:

@@ -1,12 +1,11 @@
 """`python -m scaling.render SPEC --world-size N`: print the config that the backend will get."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaling.errors import UserError
+from scaling.errors import CommandLine, UserError, run_command
 from scaling.hardware import parse_gpus
 from scaling.render import render
 from scaling.render.shipped import write_shipped
@@ -25,24 +24,20 @@ KINDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        if options.write_shipped:
-            for path in write_shipped(Path(options.write_shipped)):
-                print(path)
-            return 0
-        if options.spec is None:
-            raise UserError("SPEC must be given, but is absent; name a spec.json, a recipe, or - for stdin")
-        world_size = parse_gpus(options.gpus).world_size if options.gpus else options.world_size
-        spec = load_spec(options.spec, [*KINDS.get(options.backend, []), *options.set])
-        print(json.dumps(render(spec, world_size), indent=2))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.code
+    if options.write_shipped:
+        for path in write_shipped(Path(options.write_shipped)):
+            print(path)
+        return 0
+    if options.spec is None:
+        raise UserError("SPEC must be given, but is absent; name a spec.json, a recipe, or - for stdin")
+    world_size = parse_gpus(options.gpus).world_size if options.gpus else options.world_size
+    spec = load_spec(options.spec, [*KINDS.get(options.backend, []), *options.set])
+    print(json.dumps(render(spec, world_size), indent=2))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scaling.render", description=__doc__)
+def _parser() -> CommandLine:
+    parser = CommandLine(prog="python -m scaling.render", description=__doc__)
     parser.add_argument("spec", nargs="?", metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
     parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default 1)")
     parser.add_argument("--gpus", metavar="[NODESx]COUNTxNAME", help="such as 8xH100-80GB, in place of --world-size")
@@ -53,4 +48,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

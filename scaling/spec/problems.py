@@ -64,7 +64,8 @@ def problems(error: ValidationError, document: Document) -> list[str]:
     """A line for each of pydantic's errors; those of the branches of one plain union become one."""
     found: dict[Path, str] = {}
     # More than are listed, as some fold into one; not all, as a file can hold a hundred thousand.
-    details = [_Detail(item, document) for item in error.errors(include_url=False)[: 5 * LINES]]
+    items = [part for item in error.errors(include_url=False)[: 5 * LINES] for part in _split(item)]
+    details = [_Detail(item, document) for item in items]
     misspelt = {(*d.path[:-1], d.meant) for d in details if d.meant}
     for detail in details:
         if detail.type == "missing" and detail.path in misspelt:
@@ -79,6 +80,11 @@ def problems(error: ValidationError, document: Document) -> list[str]:
 def placed(error: UserError, document: Document) -> SpecError:
     """A later check's error, with the place of the first field that it names."""
     return SpecError([f"{document.where(_first_field(str(error)))}: {error}"])
+
+
+def _split(item: Any) -> list[Any]:
+    """A section's contradictions come as the lines of one error."""
+    return [{**item, "msg": line} for line in item["msg"].split("\n")] if item["type"] == "value_error" else [item]
 
 
 class _Detail:

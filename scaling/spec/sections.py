@@ -4,7 +4,8 @@ Every field has its unit, its meaning and the reason for its default below it; t
 World size is no field: it is an argument of everything that needs it.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -33,6 +34,16 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    def contradictions(self) -> Iterator[str]:
+        """What the fields, each right by itself, get wrong together: a message each, naming fields of this section."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if found := list(self.contradictions()):
+            raise ValueError("\n".join(found))  # all at once; the reader of the error splits them
+        return self
 
 
 # ---------------------------------------------------------------- model
@@ -77,27 +88,24 @@ class Decoder(Section):
     tie_word_embeddings: bool = False
     """The output head is the embedding matrix, counted and trained once."""
     dropout: Fraction = 0.0
-    """Dropout probability on embeddings, attention and residual branches. Default: none, as in today's pretraining."""
+    """Dropout probability on embeddings, attention and residual branches. Default: none, as pretraining does today."""
     initializer_range: Positive = 0.02
-    """Standard deviation of the initial weights; projections back into the residual stream get it over sqrt(2 x layers)."""
+    """Standard deviation of initial weights; projections back into the residual stream get it over sqrt(2 x layers)."""
 
-    @model_validator(mode="after")
-    def _shapes(self) -> "Decoder":
+    def contradictions(self) -> Iterator[str]:
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            yield (
                 f"`hidden_size` must be a multiple of num_attention_heads ({self.num_attention_heads}), "
                 f"but is {self.hidden_size}; use {_nearest_multiples(self.hidden_size, self.num_attention_heads)}, "
                 "or set `head_dim`"
             )
+        elif self.position == "rope" and (width := self.head_dim or self.hidden_size // self.num_attention_heads) % 2:
+            yield f"`head_dim` must be even for rope, but is {width}; change it or use learned positions"
         if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            yield (
                 f"`num_key_value_heads` must divide num_attention_heads ({self.num_attention_heads}), "
                 f"but is {self.num_key_value_heads}; use one of {_divisors(self.num_attention_heads)}"
             )
-        width = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.position == "rope" and width % 2:
-            raise ValueError(f"`head_dim` must be even for rope, but is {width}; change it or use learned positions")
-        return self
 
 
 # ---------------------------------------------------------------- objective
@@ -119,7 +127,7 @@ class TextData(Section):
 
     kind: Literal["text"]
     train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
-    """Globs of UTF-8 files, relative to the working folder; "python-stdlib" stands for the standard library's .py files."""
+    """Globs of UTF-8 files, relative to the working folder; "python-stdlib" means the standard library's .py files."""
     validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
     """The share of files (by a hash of their content; of a lone file, its end) held out for validation, or globs of
     validation files; 0 holds out none."""
@@ -179,10 +187,9 @@ class Batch(Section):
     gradient_accumulation_steps: Count | Auto = "auto"
     """Forward and backward passes per optimizer step on each rank."""
 
-    @model_validator(mode="after")
-    def _one_unknown(self) -> "Batch":
+    def contradictions(self) -> Iterator[str]:
         if self.global_batch_tokens is not None and self.global_batch_size is not None:
-            raise ValueError(
+            yield (
                 "`global_batch_tokens` must not be set together with global_batch_size, "
                 f"but they are {self.global_batch_tokens} and {self.global_batch_size!r}; drop one"
             )
@@ -197,11 +204,10 @@ class Batch(Section):
             if value == "auto"
         ]
         if len(unknown) > 1:
-            raise ValueError(
+            yield (
                 "two of `global_batch_size`, `micro_batch_size` and `gradient_accumulation_steps` must be numbers, "
                 f'but {" and ".join(unknown)} are "auto" or absent; set one of them'
             )
-        return self
 
 
 class AdamW(Section):
@@ -217,7 +223,7 @@ class AdamW(Section):
     weight_decay: NonNegative = 0.1
     """Share of each weight taken off per step, times the LR. Default: as GPT-3 and Llama."""
     decay: Literal["all", "matrices"] = "all"
-    """What weight decay applies to: all tensors, or only those of two or more dimensions (norms and biases left out)."""
+    """What weight decay applies to: all tensors, or those of two or more dimensions (no norms and biases)."""
 
 
 class ParamGroup(Section):
@@ -236,12 +242,10 @@ class ParamGroup(Section):
     freeze: bool = False
     """Not trained: no gradient and no optimizer state."""
 
-    @model_validator(mode="after")
-    def _frozen_has_no_settings(self) -> "ParamGroup":
+    def contradictions(self) -> Iterator[str]:
         given = [name for name in ("lr", "weight_decay", "betas") if getattr(self, name) is not None]
         if self.freeze and given:
-            raise ValueError(f"`{given[0]}` must not be set on a frozen group, but is; drop it or `freeze`")
-        return self
+            yield (f"`{given[0]}` must not be set on a frozen group, but is; drop it or `freeze`")
 
 
 class LRScaling(Section):
@@ -254,15 +258,13 @@ class LRScaling(Section):
     reference_global_batch_size: Count | None = None
     """The global batch (sequences) that the LRs in this spec were found at."""
 
-    @model_validator(mode="after")
-    def _one_reference(self) -> "LRScaling":
+    def contradictions(self) -> Iterator[str]:
         given = [self.reference_world_size, self.reference_global_batch_size]
         if self.rule != "none" and (given[0] is None) == (given[1] is None):
-            raise ValueError(
+            yield (
                 f"exactly one of `reference_world_size` and `reference_global_batch_size` must be set for rule "
                 f'"{self.rule}", but {"neither" if given[0] is None else "both"} is; set the one the LR was found at'
             )
-        return self
 
 
 class Schedule(Section):
@@ -275,23 +277,23 @@ class Schedule(Section):
 class Constant(Schedule):
     """The peak LR to the end."""
 
-    kind: Literal["constant"] = "constant"
+    kind: Literal["constant"]
 
 
 class Linear(Schedule):
-    """Straight from the peak to min_lr_ratio x peak at the last step."""
+    """Straight from the peak to min_lr_ratio x peak at step max_steps."""
 
     kind: Literal["linear"]
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The last LR over the peak LR."""
+    """The LR that the curve ends at, over the peak LR."""
 
 
 class Cosine(Schedule):
-    """Half a cosine from the peak to min_lr_ratio x peak at the last step (Loshchilov and Hutter, 2017)."""
+    """Half a cosine from the peak to min_lr_ratio x peak at step max_steps (Loshchilov and Hutter, 2017)."""
 
     kind: Literal["cosine"]
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The last LR over the peak LR. Default: as GPT-3."""
+    """The LR that the curve ends at, over the peak LR. Default: as GPT-3."""
 
 
 class CosineWithRestarts(Schedule):
@@ -311,7 +313,7 @@ class WSD(Schedule):
     decay_steps: Count
     """Optimizer steps of the final descent."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The last LR over the peak LR."""
+    """The LR that the curve ends at, over the peak LR."""
 
 
 AnySchedule = Annotated[Constant | Linear | Cosine | CosineWithRestarts | WSD, Field(discriminator="kind")]
@@ -360,7 +362,7 @@ class DeepSpeed(Section):
     overlap_comm: bool = True
     """Reduce gradients while the backward pass goes on; takes a second reduce bucket."""
     reduce_bucket_size: Annotated[int, Field(ge=1024, le=2**40)] = 50_000_000
-    """Gradient elements reduced at a time. Default: 100 MB of bf16, enough to fill a network and a tenth of DeepSpeed's."""
+    """Gradient elements reduced at a time. Default: 100 MB of bf16, which fills a network; a tenth of DeepSpeed's."""
     allgather_bucket_size: Annotated[int, Field(ge=1024, le=2**40)] | None = None
     """Stages 1 and 2: parameter elements gathered at a time after the step. Default: as reduce_bucket_size."""
     prefetch_bucket_size: Elements | None = None
@@ -370,36 +372,34 @@ class DeepSpeed(Section):
     max_live_parameters: Elements | None = None
     """Stage 3: gathered elements alive at a time. Default: 1,000,000,000, DeepSpeed's own."""
     max_reuse_distance: Elements | None = None
-    """Stage 3: parameters used again within this many elements are not freed. Default: 1,000,000,000, DeepSpeed's own."""
+    """Stage 3: parameters used again within so many elements are not freed. Default: 1,000,000,000, DeepSpeed's own."""
     sub_group_size: Annotated[int, Field(ge=1024, le=2**40)] | None = None
     """Stage 3: elements that the optimizer updates at a time. Default: 1,000,000,000, DeepSpeed's own."""
     zero_hpz_partition_size: Count | None = None
     """Stage 3: ranks in a secondary partition (ZeRO++ hpZ), usually those of a node; divides the world size."""
 
-    @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> "DeepSpeed":
-        stage3 = (
-            "offload_parameters prefetch_bucket_size param_persistence_threshold max_live_parameters "
-            "max_reuse_distance sub_group_size zero_hpz_partition_size"
-        ).split()
+    def contradictions(self) -> Iterator[str]:
+        stage3 = [
+            *("offload_parameters", "prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters"),
+            *("max_reuse_distance", "sub_group_size", "zero_hpz_partition_size"),
+        ]
         for name in stage3 if self.zero_stage < 3 else ["allgather_bucket_size"]:
             if getattr(self, name) is not None:
                 right = "stage 3" if self.zero_stage < 3 else "stages 1 and 2"
-                raise ValueError(
+                yield (
                     f"`{name}` must be absent at ZeRO stage {self.zero_stage}, but is {getattr(self, name)!r}: "
                     f"DeepSpeed would ignore it; drop it or use {right}"
                 )
         if self.offload_optimizer == "nvme" and self.zero_stage < 3:
-            raise ValueError(
+            yield (
                 f'`offload_optimizer` must be "cpu" or null at ZeRO stage {self.zero_stage}, but is "nvme"; use stage 3'
             )
         wants_nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
         if wants_nvme != (self.nvme_path is not None):
-            raise ValueError(
+            yield (
                 "`nvme_path` must be set when, and only when, something is offloaded to nvme, but "
                 + ("is absent; name a folder on a local disk" if wants_nvme else f"is {self.nvme_path!r}; drop it")
             )
-        return self
 
 
 Backend = Annotated[Single | DDP | FSDP | DeepSpeed, Field(discriminator="kind")]
@@ -450,7 +450,7 @@ class Spec(Section):
     ]
     """Rules in order: the first that matches a parameter decides. Default: one group of everything."""
     lr_scaling: LRScaling = LRScaling()
-    schedule: AnySchedule = Constant()
+    schedule: AnySchedule = Constant(kind="constant")
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of parameters in the forward and backward pass; master weights, moments and reductions are fp32 always."""
     backend: Backend = FSDP(kind="fsdp")
@@ -469,59 +469,36 @@ class Spec(Section):
     profile: Profile = Profile()
     tracking: Tracking = Tracking()
 
-    @model_validator(mode="after")
-    def _length(self) -> "Spec":
+    def contradictions(self) -> Iterator[str]:
         if (self.max_steps is None) == (self.epochs is None):
             both = self.max_steps is not None
-            raise ValueError(
+            yield (
                 f"exactly one of `max_steps` and `epochs` must be set, but {'both are' if both else 'neither is'}; "
                 + ("drop one" if both else "set max_steps")
             )
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_fits(self) -> "Spec":
-        if self.max_steps is None:
-            return self
         decay = self.schedule.decay_steps if isinstance(self.schedule, WSD) else 0
         needed = self.schedule.warmup_steps + decay
-        if needed > self.max_steps:
-            raise ValueError(
+        if self.max_steps is not None and needed > self.max_steps:
+            yield (
                 f"`schedule.warmup_steps`{' + decay_steps' if decay else ''} must be at most max_steps "
                 f"({self.max_steps}), but is {needed}; shorten it or train longer"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _data_fits_model(self) -> "Spec":
         if self.data.sequence_length > self.model.max_position_embeddings:
-            raise ValueError(
+            yield (
                 f"`data.sequence_length` must be at most model.max_position_embeddings "
                 f"({self.model.max_position_embeddings}), but is {self.data.sequence_length}; change one of them"
             )
         if isinstance(self.data, TextData) and self.data.tokenizer == "bytes" and self.model.vocab_size < 256:
-            raise ValueError(
+            yield (
                 '`model.vocab_size` must be at least 256 for the tokenizer "bytes", '
                 f"but is {self.model.vocab_size}; set it to 256"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _group_names(self) -> "Spec":
         names = [group.name for group in self.param_groups]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"`param_groups` must have distinct names, but {name!r} stands twice; rename one")
-        return self
-
-    @model_validator(mode="after")
-    def _validation_has_data(self) -> "Spec":
+        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+            yield f"`param_groups` must have distinct names, but {name!r} stands more than once; rename one"
         held_out = self.data.validation_samples if isinstance(self.data, SyntheticData) else self.data.validation
         if self.validation is not None and held_out == 0:
-            raise ValueError(
-                "`validation` must be null when no data are held out, but is set; set `data.validation` to 0.05, say"
-            )
-        return self
+            yield "`validation` must be null when no data are held out, but is set; set `data.validation` to 0.05, say"
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON values, every default spelt out; `Spec` parses it back to an equal value."""

@@ -1,0 +1,57 @@
+# From nothing to a run or a verdict; `make` alone lists the targets. Override like `make test PYTHON=python3.12`.
+PYTHON ?= python3
+VENV ?= .venv
+SPEC ?= gpt-stdlib
+# Ranks of the demo; empty: as many of this machine's GPUs as the spec's batch allows, or two processes on the CPU.
+RANKS ?=
+RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+# Two workers; a file stays on one of them, since its tests may share a launch of several processes.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
+
+BIN := $(abspath $(VENV))/bin
+COUNT_RANKS := import torch; from scaling.batch import legal_world_sizes; from scaling.spec import load_spec; \
+	print(legal_world_sizes(load_spec("$(SPEC)"), torch.cuda.device_count() or 2)[-1])
+
+.PHONY: help demo test lint slim clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo    train $(SPEC) under the deepspeed launcher, on the GPUs or with two CPU processes"
+	@echo "make test    lint, type and import checks, the check without torch, all tests"
+	@echo "make lint    ruff, pyright and import-linter alone"
+	@echo "make slim    the check without torch alone"
+	@echo "make clean   remove builds and caches; keeps $(VENV) and runs/"
+
+# The launcher starts `python`, and torch looks for ninja: both must be those of the environment.
+demo: $(VENV)/.installed-train
+	export PATH="$(BIN):$$PATH"; \
+	ranks="$(RANKS)"; [ -n "$$ranks" ] || ranks=$$(python -c '$(COUNT_RANKS)') || exit; \
+	exec deepspeed --num_gpus "$$ranks" launch/train.py --spec "$(SPEC)" --run-dir "$(RUN_DIR)"
+
+test: lint slim
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+slim: $(VENV)/.installed-dev
+	$(BIN)/python tests/slim.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON must be 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed-train: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -e '.[train]'
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -e '.[train,dev]'
+	touch $(VENV)/.installed-train $@
+
+clean:
+	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .import_linter_cache
+	find scaling launch tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

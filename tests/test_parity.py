@@ -1,0 +1,68 @@
+"""The gate: one spec, one curve. Real processes over gloo, through the user's own command."""
+
+import json
+
+import pytest
+from launch import SPECS, python
+
+from scaling.parity import Curve, agree, compare
+
+GATES = {
+    "GPT, accumulation 4": ("gpt-parity", "1,2,4", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload", ()),
+    "Llama, accumulation 1": ("llama-parity", "1,2,4", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload", ()),
+    "bf16": ("llama-parity", "1,2", "single,ddp,fsdp,zero1,zero2,zero3,zero2-offload", ("precision=bf16",)),
+    "selective checkpointing": (
+        "gpt-parity", "1,2", "single,fsdp,zero3,zero3-offload", ('activation_checkpointing="selective"',)
+    ),
+    "full checkpointing, plain loss, clipping off": (
+        "gpt-parity", "1,2", "single,ddp,fsdp-keep,zero1-offload",
+        ('activation_checkpointing="full"', "objective.cross_entropy=plain", "max_grad_norm=null"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_curves_agree(gate, tmp_path):
+    spec, world_sizes, backends, settings = GATES[gate]
+    out = tmp_path / "parity.json"
+    sets = [argument for setting in settings for argument in ("--set", setting)]
+    command = ["-m", "scaling.parity", "--spec", str(SPECS / f"{spec}.json"), "--json", str(out), *sets]
+    done = python(*command, "--backends", backends, "--world-sizes", world_sizes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert report["agree"]
+    names, sizes = backends.split(","), world_sizes.split(",")
+    assert len(report["curves"]) == 1 + (len(names) - 1) * len(sizes), "single runs once, the others at every size"
+    first = report["curves"][0]["steps"]
+    assert len(first) == 20 and first[-1]["loss"] < first[0]["loss"], "what is compared must be a run that learns"
+
+
+def test_a_difference_is_found_and_the_command_fails(tmp_path):
+    """The negative control: dropout draws other masks on other numbers of ranks."""
+    command = ["-m", "scaling.parity", "--spec", str(SPECS / "gpt-parity.json"), "--set", "model.dropout=0.1"]
+    done = python(*command, "--backends", "single,ddp", "--world-sizes", "1,2", "--steps", "3")
+    assert done.returncode == 1
+    assert "dropout is on" in done.stderr
+
+
+def test_a_backend_that_cannot_run_is_a_row_and_not_the_end(tmp_path):
+    out = tmp_path / "parity.json"
+    command = ["-m", "scaling.parity", "--spec", str(SPECS / "llama-parity.json"), "--json", str(out)]
+    batch = ("--set", 'batch={"global_batch_size": 9, "micro_batch_size": 3}')
+    done = python(*command, *batch, "--backends", "single,ddp,fsdp", "--world-sizes", "1,2", "--steps", "2")
+    assert done.returncode == 1
+    outcomes = json.loads(out.read_text())["outcomes"]
+    failed = [(row["backend"], row["world_size"]) for row in outcomes if row["error"]]
+    assert failed == [("ddp", 2), ("fsdp", 2)]
+    assert all("global_batch_size" in row["error"] for row in outcomes if row["error"])
+
+
+def test_the_first_step_apart_is_named():
+    def curve(name, *losses):
+        return Curve(name, 1, tuple({"loss": loss, "grad_norm": 1.0, "lr": {"all": 1e-3}} for loss in losses))
+
+    curves = [curve("single", 4.0, 3.0, 2.0), curve("ddp", 4.0, 3.0, 2.2), Curve("fsdp", 1, (), "ran out of memory")]
+    outcomes = compare(curves, 1e-5)
+    assert outcomes[1].first_step_apart == 3 and outcomes[1].loss == pytest.approx(0.1)
+    assert outcomes[2].error == "ran out of memory"
+    assert not agree(outcomes, 1e-5) and agree(outcomes[:1], 1e-5)
