@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from scaling.batch import resolve_batch
 from scaling.errors import CommandLine, DoesNotFit, NonFinite, StorageError, UserError, run_command
@@ -159,6 +159,11 @@ def _train(job: Job, options: Namespace) -> int:
             at_fault = rank if error.rank is None else error.rank
             write_exit(folder, code=error.code, reason=str(error), rank=at_fault, step=error.step)
         return error.code
+    except Exception as error:  # a bug, of ours or below us: its traceback goes to the terminal and to the log
+        logger.exception("the run ended with an error")
+        if folder is not None and opened:
+            write_exit(folder, code=1, reason=f"{type(error).__name__}: {error}", rank=rank, step=None)
+        raise
     if rank == 0:
         if folder is not None:
             write_exit(folder, code=0, reason="done", rank=0, step=step)
@@ -206,12 +211,24 @@ def _parser() -> CommandLine:
     return parser
 
 
+class _Stdout(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stdout is at the time: while a progress bar is shown, rich puts itself there."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        pass
+
+
 def _start_logging(process: "Process") -> None:
     logger.setLevel(logging.INFO)
     logger.handlers.clear()
     logger.propagate = False
     if process.is_main:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Stdout()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
 

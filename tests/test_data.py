@@ -229,7 +229,10 @@ def test_validation_takes_each_sample_once(world_size: int, samples: int, size: 
     assert len({len(batches) for batches in ranks}) == 1
     targets = torch.cat([batch.targets for batches in ranks for batch in batches]).flatten()
     assert all(batch.inputs.shape == (3, 1) and batch.inputs.min() >= 0 for batches in ranks for batch in batches)
-    assert sorted(targets[targets != IGNORED].tolist()) == list(range(min(samples, size)))
+    # Distinct, and the same ones whatever the world size.
+    chosen = sample_indices(0, min(samples, size), size, seed=0).tolist()
+    assert sorted(targets[targets != IGNORED].tolist()) == sorted(set(chosen))
+    assert len(chosen) == min(samples, size)
 
 
 # ---------------------------------------------------------------- tokens

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from processes import SPECS, torchrun
 
-from launch import SPECS, torchrun
 from scaling.groups import resolve_groups
 from scaling.inventory import parameters
 from scaling.spec import load_spec

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launch import SPECS, python
+from processes import SPECS, python
 
 from scaling.parity import Curve, agree, compare
 
@@ -11,6 +11,10 @@ GATES = {
     "GPT, accumulation 4": ("gpt-parity", "1,2,4", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload", ()),
     "Llama, accumulation 1": ("llama-parity", "1,2,4", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload", ()),
     "bf16": ("llama-parity", "1,2", "single,ddp,fsdp,zero1,zero2,zero3,zero2-offload", ("precision=bf16",)),
+    "shards of unequal size": (
+        "gpt-parity", "3", "single,ddp,fsdp,zero1,zero3",
+        ("model.vocab_size=509", 'batch={"global_batch_size": 12, "gradient_accumulation_steps": 2}'),
+    ),
     "selective checkpointing": (
         "gpt-parity", "1,2", "single,fsdp,zero3,zero3-offload", ('activation_checkpointing="selective"',)
     ),

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from launch import ROOT, SPECS, python, run, torchrun
+from processes import ROOT, SPECS, python, run, torchrun
 
 TRAIN = "launch/train.py"
 SPEC = str(SPECS / "llama-parity.json")
@@ -159,9 +159,11 @@ def test_a_folder_that_cannot_be_made_is_refused_by_all_ranks(tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_before_torch_is_imported(arguments, needle):
-    watch = "import sys, runpy\ntry:\n runpy.run_path(sys.argv[1], run_name='__main__')\nfinally:\n print('torch' in sys.modules)"
-    done = python("-c", f"import sys; sys.argv[1:] = ['{TRAIN}', *sys.argv[1:]]\n{watch}".replace("sys.argv[1]", "sys.argv.pop(1)"),
-                  "--spec", SPEC, *arguments)
+    program = (
+        "import sys\nfrom scaling.errors import run_command\nfrom scaling.train import main\n"
+        "code = run_command(main)\nprint('torch' in sys.modules)\nsys.exit(code)"
+    )
+    done = python("-c", program, "--spec", SPEC, *arguments)
     assert done.returncode == 2
     assert needle in done.stderr and "Traceback" not in done.stderr
     assert done.stdout.strip() == "False"

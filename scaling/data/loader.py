@@ -65,17 +65,19 @@ def step_batches(
 def validation_batches(
     dataset: Dataset, *, samples: int, micro_batch: int, rank: int, world_size: int
 ) -> Iterator[MicroBatch]:
-    """This rank's share of a fixed set: the first `samples` samples of the dataset, or all if it has fewer.
+    """This rank's share of a fixed set: `samples` samples spread over the dataset, or all if it has fewer.
 
     Over all ranks each sample comes once, and each rank gets as many batches as the others: places that are left over
     at the end hold the last sample with all targets masked.
     """
     assert 0 <= rank < world_size and micro_batch > 0
     samples = min(samples, len(dataset))
+    # Shuffled, always alike: neighbours come from one file, and the first of a data set seldom stand for it.
+    chosen = sample_indices(0, samples, len(dataset), seed=0)
     for first in range(0, samples, micro_batch * world_size):
-        indices = first + rank * micro_batch + np.arange(micro_batch)
-        batch = dataset.read(np.minimum(indices, samples - 1))
-        batch.targets[torch.from_numpy(indices >= samples)] = IGNORED
+        places = first + rank * micro_batch + np.arange(micro_batch)
+        batch = dataset.read(chosen[np.minimum(places, samples - 1)])
+        batch.targets[torch.from_numpy(places >= samples)] = IGNORED
         yield batch
 
 

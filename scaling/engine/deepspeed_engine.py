@@ -44,10 +44,8 @@ def build_deepspeed(
     if spec.compile:
         compile_blocks(model, recipe.blocks)
     optimizer = build_adamw(parameters, groups, spec.optimizer)
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    live_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered, dist_init_required=False)
-    engine = DeepSpeedEngine(wrapped, parameters, live_names, stage3=stage3)
+    engine = DeepSpeedEngine(wrapped, parameters, stage3=stage3)
     engine.restore_masters(recipe)
     return engine
 
@@ -55,13 +53,10 @@ def build_deepspeed(
 class DeepSpeedEngine:
     """A model that a DeepSpeed engine trains. See `Engine` for the contract."""
 
-    def __init__(
-        self, engine: Any, parameters: dict[str, nn.Parameter], live_names: list[list[str]], *, stage3: bool
-    ) -> None:
+    def __init__(self, engine: Any, parameters: dict[str, nn.Parameter], *, stage3: bool) -> None:
         self.module: nn.Module = engine
         self._engine = engine
         self._parameters = parameters
-        self._live_names = live_names
         self._stage3 = stage3
 
     @property
@@ -73,7 +68,11 @@ class DeepSpeedEngine:
         return float(self._engine.optimizer.cur_scale) if self._engine.fp16_enabled() else 1.0
 
     def live_names(self) -> list[list[str]]:
-        return self._live_names
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        found: list[list[str]] = [[] for _ in self.param_groups]
+        for group, parameters in _live_groups(self._engine.optimizer):
+            found[group] += [names[id(parameter)] for parameter in parameters]
+        return found
 
     @contextlib.contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
@@ -165,6 +164,14 @@ def _fill(
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if process.is_main:
                 parameter.copy_(recipe.initial_value(name, parameter.shape))
+
+
+def _live_groups(optimizer: Any) -> Iterator[tuple[int, list[nn.Parameter]]]:
+    """(index of the optimizer's group, parameters in it), as DeepSpeed holds them; stage 3 cuts groups into several."""
+    if hasattr(optimizer, "sub_group_to_group_id"):
+        yield from ((optimizer.sub_group_to_group_id[i], group) for i, group in enumerate(optimizer.fp16_groups))
+    else:
+        yield from enumerate(optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups)
 
 
 def _stage12_shards(name: str, parameter: nn.Parameter, optimizer: Any, rank: int) -> Iterator[FlatShard]:

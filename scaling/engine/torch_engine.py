@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from scaling.engine.blocks import checkpoint_blocks, compile_blocks
 from scaling.engine.optimizer import build_adamw
@@ -156,8 +157,7 @@ class TorchEngine:
 
     def _global_norm(self, gradients: list[Tensor]) -> Tensor:
         # As torch.nn.utils.get_total_norm does, but in fp32.
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-        total = torch.stack([norm.to(self._device) for norm in norms]).square().sum()
+        total = get_total_norm(gradients).to(self._device).square()
         if self._shard_group is not None:
             dist.all_reduce(total, group=self._shard_group)
         return total.sqrt()

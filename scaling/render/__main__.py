@@ -30,16 +30,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.spec is None:
         raise UserError("SPEC must be given, but is absent; name a spec.json, a recipe, or - for stdin")
-    world_size = parse_gpus(options.gpus).world_size if options.gpus else options.world_size
+    if options.gpus and options.world_size:
+        raise UserError("`--world-size` must be absent where `--gpus` is given, but both are; drop one")
+    world_size = parse_gpus(options.gpus).world_size if options.gpus else options.world_size or 1
     spec = load_spec(options.spec, [*KINDS.get(options.backend, []), *options.set])
     print(json.dumps(render(spec, world_size), indent=2))
     return 0
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) <= 2**20:
+        raise UserError(f"`--world-size` must be a number of ranks of at least 1, but is {text!r}; correct it")
+    return int(text)
+
+
 def _parser() -> CommandLine:
     parser = CommandLine(prog="python -m scaling.render", description=__doc__)
     parser.add_argument("spec", nargs="?", metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
-    parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default 1)")
+    parser.add_argument("--world-size", type=_positive, help="number of ranks (default 1)")
     parser.add_argument("--gpus", metavar="[NODESx]COUNTxNAME", help="such as 8xH100-80GB, in place of --world-size")
     parser.add_argument("--backend", choices=KINDS, help="another backend than the spec's")
     parser.add_argument("--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field; repeatable")

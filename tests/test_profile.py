@@ -1,0 +1,151 @@
+"""What a run says of itself: records, sinks, and how a non-finite step is told."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from scaling.errors import NonFinite
+from scaling.profile.clock import PHASES, Clock
+from scaling.profile.memory import MemoryMonitor
+from scaling.profile.nvml import UNKNOWN, DeviceMonitor
+from scaling.profile.recorder import Recorder, StepResult
+from scaling.profile.sinks import JsonLines, Memory, TensorBoard, Terminal
+from scaling.records import BatchPlan, ValidationRecord
+
+CPU = torch.device("cpu")
+PLAN = BatchPlan(global_batch=8, micro_batch=2, accumulation=2, world_size=2, sequence_length=16)
+
+
+def recorder(*sinks, interval=2, last_step=5, peak_flops=None):
+    return Recorder(
+        sinks, PLAN, CPU, interval=interval, last_step=last_step, flops_per_token=1e6, peak_flops=peak_flops
+    )
+
+
+def take(taker, step, loss=2.0, norm=1.0, bad=(0.0, 0.0), loss_scale=1.0):
+    result = StepResult(torch.tensor(loss), torch.tensor(norm), torch.tensor(bad))
+    taker.step(step, result, lr={"all": 0.1}, loss_scale=loss_scale)
+
+
+def test_every_interval_and_the_last_step_are_recorded():
+    kept = Memory()
+    taker = recorder(kept)
+    for step in range(1, 6):
+        take(taker, step, loss=float(step))
+    assert [record.step for record in kept.steps] == [2, 4, 5]
+    assert [record.loss for record in kept.steps] == [2.0, 4.0, 5.0]
+    last = kept.steps[-1]
+    assert last.samples_seen == 5 * 8 and last.tokens == 5 * 8 * 16
+    assert last.tokens_per_second == pytest.approx(8 * 16 / last.step_seconds)
+    assert last.tokens_per_second_per_device == pytest.approx(last.tokens_per_second / 2)
+    assert last.mfu is None, "no peak is known, so none is guessed"
+
+
+def test_mfu_is_per_device():
+    kept = Memory()
+    take(recorder(kept, interval=1, peak_flops=1e12), 1)
+    (record,) = kept.steps
+    assert record.mfu == pytest.approx(record.tokens_per_second_per_device * 1e6 / 1e12)
+
+
+def test_pauses_are_left_out_of_the_speed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("scaling.profile.recorder.time.perf_counter", lambda: now[0])
+    kept = Memory()
+    taker = recorder(kept, interval=2)
+    now[0] = 1.0
+    take(taker, 1)
+    with taker.pause():
+        now[0] = 100.0
+    now[0] = 101.0
+    take(taker, 2)
+    assert kept.steps[0].step_seconds == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "told", "rank"),
+    [
+        ({"loss": float("nan"), "norm": float("nan"), "bad": (0.0, 1.0)}, "the loss of rank 1 is not finite", 1),
+        ({"loss": float("inf"), "bad": (1.0, 1.0)}, "the loss of ranks 0, 1 is not finite", 0),
+        ({"norm": float("nan")}, "the gradient is not finite (norm nan) although the loss of every rank is", None),
+    ],
+)
+def test_a_step_that_is_not_finite_is_told_with_step_and_rank(values, told, rank):
+    kept = Memory()
+    taker = recorder(kept, interval=1)
+    take(taker, 1)
+    with pytest.raises(NonFinite) as caught:
+        take(taker, 2, **values)
+    assert told in str(caught.value) and "at step 2" in str(caught.value)
+    assert (caught.value.code, caught.value.step, caught.value.rank) == (4, 2, rank)
+    assert [record.step for record in kept.steps] == [1]
+
+
+def test_an_overflow_under_a_loss_scale_is_skipped_and_recorded_whatever_the_interval():
+    kept = Memory()
+    taker = recorder(kept, interval=100)
+    take(taker, 1, norm=float("inf"), loss_scale=2.0)
+    assert [record.skipped for record in kept.steps] == [True]
+    with pytest.raises(NonFinite):
+        take(taker, 2, norm=float("inf"), loss_scale=1.0)  # a scale of 1 cannot be lowered
+    with pytest.raises(NonFinite):
+        take(taker, 3, loss=float("nan"), bad=(1.0, 0.0), loss_scale=2.0)  # no scale mends a loss
+
+
+def test_files_have_one_strict_json_object_a_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    sink = JsonLines(tmp_path)
+    taker = recorder(sink, interval=1)
+    take(taker, 1, loss=1 / 3)
+    take(taker, 2, norm=float("nan"), loss_scale=4.0)
+    sink.validation(ValidationRecord(step=2, loss=1.5, bits_per_byte=None, tokens=10, seconds=0.1))
+    taker.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2], "appended, not written over"
+    assert rows[1]["loss"] == torch.tensor(1 / 3).item(), "in full precision"
+    assert rows[2]["grad_norm"] is None and rows[2]["skipped"] is True
+    assert json.loads((tmp_path / "validation.jsonl").read_text())["loss"] == 1.5
+
+
+def test_tensorboard_gets_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    taker = recorder(TensorBoard(tmp_path), interval=1)
+    take(taker, 1, loss=2.5)
+    taker.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Scalars("train/loss")[0].value == 2.5
+    assert events.Scalars("lr/all")[0].value == pytest.approx(0.1)
+
+
+def test_the_terminal_gets_plain_lines_where_it_is_none(caplog):
+    logging.getLogger("scaling").propagate = True
+    with caplog.at_level(logging.INFO, logger="scaling"):
+        taker = recorder(Terminal(), interval=1)
+        take(taker, 1, loss=2.5)
+        taker.close()
+    (line,) = caplog.messages
+    assert line.startswith("step 1/5  loss 2.5000  lr 1.00e-01  grad norm 1.000")
+
+
+def test_the_clock_adds_up_phases_and_begins_anew_each_lap():
+    clock = Clock(CPU)
+    for _ in range(2):
+        with clock.phase("forward"):
+            sum(range(1000))
+    seconds = clock.lap().seconds()
+    assert seconds.keys() == set(PHASES) and seconds["forward"] > 0 and seconds["backward"] == 0
+    assert clock.lap().seconds()["forward"] == 0
+
+
+def test_what_a_cpu_cannot_say_is_none():
+    assert DeviceMonitor(CPU).read() == UNKNOWN
+    memory = MemoryMonitor(CPU).read()
+    assert memory["allocated_peak_bytes"] is None and memory["host_rss_bytes"] > 1e6
