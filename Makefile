@@ -11,6 +11,8 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile
 BIN := $(abspath $(VENV))/bin
 COUNT_RANKS := import torch; from scaling.batch import legal_world_sizes; from scaling.spec import load_spec; \
 	print(legal_world_sizes(load_spec("$(SPEC)"), torch.cuda.device_count() or 2)[-1])
+# The launcher's own port is always the same, and taken where another run is on this machine.
+FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 
 .PHONY: help demo test lint slim clean
 .NOTPARALLEL:
@@ -26,7 +28,7 @@ help:
 demo: $(VENV)/.installed-train
 	export PATH="$(BIN):$$PATH"; \
 	ranks="$(RANKS)"; [ -n "$$ranks" ] || ranks=$$(python -c '$(COUNT_RANKS)') || exit; \
-	exec deepspeed --num_gpus "$$ranks" launch/train.py --spec "$(SPEC)" --run-dir "$(RUN_DIR)"
+	exec deepspeed --num_gpus "$$ranks" --master_port $$(python -c '$(FREE_PORT)') launch/train.py --spec "$(SPEC)" --run-dir "$(RUN_DIR)"
 
 test: lint slim
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
