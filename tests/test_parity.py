@@ -18,6 +18,7 @@ GATES = {
     "selective checkpointing": (
         "gpt-parity", "1,2", "single,fsdp,zero3,zero3-offload", ('activation_checkpointing="selective"',)
     ),
+    "compiled": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", ("compile=true",)),
     "full checkpointing, plain loss, clipping off": (
         "gpt-parity", "1,2", "single,ddp,fsdp-keep,zero1-offload",
         ('activation_checkpointing="full"', "objective.cross_entropy=plain", "max_grad_norm=null"),

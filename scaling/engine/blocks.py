@@ -1,7 +1,7 @@
 """Activation checkpointing and compilation, block by block, on any module. Neither changes a name."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,23 +20,26 @@ KEPT_OPERATIONS = (
 """What selective checkpointing keeps: the operations whose recomputation costs most for the memory it saves."""
 
 
-def checkpoint_blocks(module: nn.Module, blocks: Sequence[str], mode: str) -> None:
-    """Keep less of each block for the backward pass: `mode` is none, selective or full.
+def prepare_blocks(module: nn.Module, blocks: Sequence[str], *, checkpointing: str, compiled: bool) -> None:
+    """Make each block keep less for its backward pass (`checkpointing`: none, selective or full), and compile it.
 
-    Only `forward` is replaced: hooks that gather parameters stay outside and run once per pass.
+    Only `forward` is replaced: hooks that gather parameters stay outside, and no graph breaks on them. All blocks of
+    one class share one function, so that one compilation serves them all.
     """
-    if mode == "none":
-        return
-    context: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
     for path in blocks:
         block = module.get_submodule(path)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **context)
+        if checkpointing != "none":
+            block.forward = MethodType(_selective if checkpointing == "selective" else _full, block)
+        if compiled:
+            block.forward = torch.compile(block.forward)
 
 
-def compile_blocks(module: nn.Module, blocks: Sequence[str]) -> None:
-    """torch.compile each block on its own: one compilation serves all, and start-up stays short."""
-    for path in blocks:
-        module.get_submodule(path).compile()
+def _full(block: nn.Module, *inputs: Any) -> Any:
+    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False)
+
+
+def _selective(block: nn.Module, *inputs: Any) -> Any:
+    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, context_fn=_selective_contexts)
 
 
 def _selective_contexts() -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaling.engine.blocks import checkpoint_blocks, compile_blocks
+from scaling.engine.blocks import prepare_blocks
 from scaling.engine.optimizer import build_adamw
 from scaling.engine.process import Process
 from scaling.engine.protocol import FlatShard
@@ -40,9 +40,10 @@ def build_deepspeed(
     frozen = {name for group in groups if group.frozen for name in group.names}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in frozen)
-    checkpoint_blocks(model, recipe.blocks, spec.activation_checkpointing)
-    if spec.compile:
-        compile_blocks(model, recipe.blocks)
+    prepare_blocks(model, recipe.blocks, checkpointing=spec.activation_checkpointing, compiled=spec.compile)
+    if spec.compile and stage3:
+        # Parameters gathered block by block: hooks on every layer inside would break every graph.
+        deepspeed.utils.set_z3_leaf_modules(model, {type(model.get_submodule(path)) for path in recipe.blocks})
     optimizer = build_adamw(parameters, groups, spec.optimizer)
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered, dist_init_required=False)
     engine = DeepSpeedEngine(wrapped, parameters, stage3=stage3)
@@ -98,11 +99,12 @@ class DeepSpeedEngine:
                 gradients.update(dict.fromkeys(gradients))
 
     def state(self) -> Iterator[FlatShard]:
+        optimizer = self._engine.optimizer
+        if self._stage3:
+            yield from _stage3_state(self._parameters, optimizer)
+            return
         for name, parameter in self._parameters.items():
-            if self._stage3:
-                yield from _stage3_shards(name, parameter)
-            else:
-                yield from _stage12_shards(name, parameter, self._engine.optimizer, self._engine.global_rank)
+            yield from _stage12_shards(name, parameter, optimizer, self._engine.global_rank)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -195,16 +197,42 @@ def _moments(optimizer: Any, flat: Tensor) -> dict[str, Tensor]:
     return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
 
 
-def _stage3_shards(name: str, parameter: Any) -> Iterator[FlatShard]:
-    """ZeRO-3: rank r owns [r*k, (r+1)*k) of each flattened parameter; what lies beyond its end is padding."""
-    part = parameter.ds_tensor
-    start = part.ds_numel * parameter.ds_process_group.rank()
-    kept = max(0, min(part.ds_numel, parameter.ds_numel - start))
-    if not parameter.requires_grad:
-        yield FlatShard(name, "master", parameter.ds_numel, start, part.detach().view(-1)[:kept])
-        return
-    optimizer = parameter._z3_optimizer
-    group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    flat = optimizer.fp32_partitioned_groups_flat[group]
-    for kind, values in {"master": flat, **_moments(optimizer, flat)}.items():
-        yield FlatShard(name, kind, parameter.ds_numel, start, values.detach().narrow(0, offset, kept))
+def _stage3_state(parameters: dict[str, nn.Parameter], optimizer: Any) -> Iterator[FlatShard]:
+    """ZeRO-3: rank r owns [r*k, (r+1)*k) of each flattened parameter; what lies beyond its end is padding.
+
+    A sub-group that is kept on NVMe is read before its shards are handed out and written back after.
+    """
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            yield _stage3_shard(name, "master", parameter, _partition(parameter))
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for index, members in enumerate(optimizer.fp16_groups):
+        with _swapped_in(optimizer, index):
+            flat = optimizer.fp32_partitioned_groups_flat[index]
+            for kind, values in {"master": flat, **_moments(optimizer, flat)}.items():
+                for parameter in members:
+                    _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                    part = values.detach().narrow(0, offset, length)
+                    yield _stage3_shard(names[id(parameter)], kind, parameter, part)
+
+
+def _partition(parameter: Any) -> Tensor:
+    return parameter.ds_tensor.detach().view(-1)
+
+
+def _stage3_shard(name: str, kind: str, parameter: Any, part: Tensor) -> FlatShard:
+    start = parameter.ds_tensor.ds_numel * parameter.ds_process_group.rank()
+    kept = max(0, min(part.numel(), parameter.ds_numel - start))
+    return FlatShard(name, kind, parameter.ds_numel, min(start, parameter.ds_numel), part[:kept])
+
+
+@contextlib.contextmanager
+def _swapped_in(optimizer: Any, index: int) -> Iterator[None]:
+    swapped = optimizer._swappable_optimizer_subgroup(index)
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_in(index)
+    try:
+        yield
+    finally:
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(index)

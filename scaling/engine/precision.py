@@ -1,5 +1,7 @@
 """16-bit compute on fp32 parameters for modules that no sharding casts: single and DDP."""
 
+import functools
+
 import torch
 from torch import nn
 
@@ -15,8 +17,13 @@ def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
     for submodule in list(module.modules()):
         names = [name for name, parameter in submodule._parameters.items() if parameter is not None]
         if names:
-            cls = type(submodule)
-            submodule.__class__ = type(cls.__name__, (cls,), {name: _cast_property(name, dtype) for name in names})
+            submodule.__class__ = _casting(type(submodule), tuple(names), dtype)
+
+
+@functools.cache
+def _casting(cls: type[nn.Module], names: tuple[str, ...], dtype: torch.dtype) -> type[nn.Module]:
+    """One class for all modules alike: torch.compile compiles a block anew for every class it meets."""
+    return type(cls.__name__, (cls,), {name: _cast_property(name, dtype) for name in names})
 
 
 def _cast_property(name: str, dtype: torch.dtype) -> property:

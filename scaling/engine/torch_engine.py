@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from scaling.engine.blocks import checkpoint_blocks, compile_blocks
+from scaling.engine.blocks import prepare_blocks
 from scaling.engine.optimizer import build_adamw
 from scaling.engine.precision import compute_in
 from scaling.engine.process import Process
@@ -49,9 +49,7 @@ def build_fsdp(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups
     with torch.device("meta"):
         model = recipe.build()
     _freeze(model, groups)
-    checkpoint_blocks(model, recipe.blocks, spec.activation_checkpointing)
-    if spec.compile:
-        compile_blocks(model, recipe.blocks)
+    prepare_blocks(model, recipe.blocks, checkpointing=spec.activation_checkpointing, compiled=spec.compile)
     axes: dict[str, int] = rendered["mesh"]
     mesh = init_device_mesh(process.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     _apply_wrap_plan(model, rendered, mesh)
@@ -174,9 +172,7 @@ def _whole_model(
     dtype = getattr(torch, rendered["param_dtype"])
     if dtype != torch.float32:
         compute_in(model, dtype)
-    checkpoint_blocks(model, recipe.blocks, spec.activation_checkpointing)
-    if spec.compile:
-        compile_blocks(model, recipe.blocks)
+    prepare_blocks(model, recipe.blocks, checkpointing=spec.activation_checkpointing, compiled=spec.compile)
     return model
 
 
