@@ -11,7 +11,7 @@ from scaling.spec import load_spec
 
 CASES = {
     ("gpt-parity", 1, "fp32"): "single,ddp,fsdp,zero1,zero2,zero3",
-    ("gpt-parity", 2, "bf16"): "ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload",
+    ("gpt-parity", 2, "bf16"): "ddp,fsdp,hsdp,zero1,zero2,zero3,zero3-hpz,zero2-offload,zero3-offload",
     ("llama-parity", 3, "fp32"): "fsdp,zero1,zero3",
 }
 ENGINES = [(case, name) for case, names in CASES.items() for name in names.split(",")]

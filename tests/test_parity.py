@@ -16,7 +16,8 @@ GATES = {
         ("model.vocab_size=509", 'batch={"global_batch_size": 12, "gradient_accumulation_steps": 2}'),
     ),
     "selective checkpointing": (
-        "gpt-parity", "1,2", "single,fsdp,zero3,zero3-offload", ('activation_checkpointing="selective"',)
+        "gpt-parity", "1,2", "single,fsdp,fsdp-offload,zero3,zero3-hpz,zero3-offload",
+        ('activation_checkpointing="selective"',)
     ),
     "compiled": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", ("compile=true",)),
     "full checkpointing, plain loss, clipping off": (
