@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaling.data.dataset import IGNORED, MicroBatch
+from scaling.data.dataset import MicroBatch
 from scaling.engine.process import Process
 from scaling.engine.protocol import Engine
 from scaling.objectives import Objective
 from scaling.profile.recorder import Recorder, StepResult
-from scaling.records import ValidationRecord
+from scaling.records import IGNORED, ValidationRecord
 from scaling.schedule import lr_factor
 from scaling.spec.sections import AnySchedule
 

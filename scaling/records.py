@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+IGNORED = -100
+"""The target of a position that adds nothing to the loss: torch's own `ignore_index`, and Hugging Face's."""
+
 
 @dataclass(frozen=True)
 class BatchPlan:

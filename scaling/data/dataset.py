@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""The target of a position that adds nothing to the loss: torch's own `ignore_index`."""
+from scaling.records import IGNORED
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from scaling.data.dataset import IGNORED, Dataset, MicroBatch
+from scaling.data.dataset import Dataset, MicroBatch
 from scaling.data.order import sample_indices
+from scaling.records import IGNORED
 
 _STEPS_AHEAD = 2
 """Steps that wait in memory while one trains: one more than needed, for steps that take longer to read than others."""

@@ -76,11 +76,6 @@ def process_from_environment() -> Iterator[Process]:
         dist.destroy_process_group()
 
 
-def world_size_from_environment() -> int:
-    """The number of ranks that the launcher announced; 1 without a launcher."""
-    return _integer("WORLD_SIZE", 1)
-
-
 def _integer(name: str, default: int) -> int:
     text = os.environ.get(name, "")
     if not text:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""Target of a masked position, as torch and Hugging Face have it."""
+from scaling.records import IGNORED
+
 CHUNK_ELEMENTS = 2**25
 """Logits alive at a time in the chunked form: 128 MiB of fp32, 667 rows of GPT-2's vocabulary, plenty for a GEMM."""
 
