@@ -55,7 +55,7 @@ def markdown(result: dict[str, Any]) -> str:
                 for row in case["outcomes"]
                 if row["backend"] == backend
             ]
-            failed = [row for row in rows if row["error"]]
+            failed = [row for row in rows if row["error"] or None in (row["loss"], row["grad_norm"])]
             for key in ("loss", "grad_norm"):
                 cells += " failed |" if failed else f" {max(row[key] for row in rows):.1e} |"
         lines.append(f"| {backend} |{cells}")

@@ -55,6 +55,13 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"the command line must be as in `{self.prog} --help`, but has an error: {message}; correct it")
 
 
+def positive(text: str) -> int:
+    """`type=positive` of a command line's option: a whole number from 1 to 2^20."""
+    if not (text.isdecimal() and len(text) <= 9 and 0 < int(text) <= 2**20):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {2**20}, but is {text[:40]!r}")
+    return int(text)
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Call `main` and return the exit code of the process; a UserError becomes its message on standard error.
 

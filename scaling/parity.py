@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling.errors import CommandLine, UserError, run_command
+from scaling.errors import CommandLine, UserError, positive, run_command
+from scaling.run_folder import strict
 from scaling.spec import Spec, load_spec
 from scaling.view import parity_table, print_table
 
@@ -130,22 +131,26 @@ def report(spec: Spec, curves: Sequence[Curve], outcomes: Sequence[Outcome], tol
         "spec": spec.to_json(),
         "tolerance": tolerance,
         "agree": agree(outcomes, tolerance),
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-        "curves": [asdict(curve) for curve in curves],
+        "outcomes": strict([asdict(outcome) for outcome in outcomes]),
+        "curves": strict([asdict(curve) for curve in curves]),
     }
 
 
 def _difference(reference: Curve, curve: Curve, tolerance: float) -> Outcome:
-    def apart(have: float, want: float) -> float:
-        return abs(have - want) / max(abs(want), 1e-12)
-
     pairs = list(zip(curve.steps, reference.steps, strict=True))
-    losses = [apart(have["loss"], want["loss"]) for have, want in pairs]
-    norms = [apart(have["grad_norm"], want["grad_norm"]) for have, want in pairs]
+    losses = [_apart(have["loss"], want["loss"]) for have, want in pairs]
+    norms = [_apart(have["grad_norm"], want["grad_norm"]) for have, want in pairs]
     assert all(have["lr"].keys() == want["lr"].keys() for have, want in pairs), "the groups differ"
-    lrs = [apart(have["lr"][name], want["lr"][name]) for have, want in pairs for name in want["lr"]]
+    lrs = [_apart(have["lr"][name], want["lr"][name]) for have, want in pairs for name in want["lr"]]
     first = next((i + 1 for i in range(len(pairs)) if max(losses[i], norms[i]) > tolerance), None)
     return Outcome(curve.backend, curve.world_size, max(losses), max(norms), max(lrs), first)
+
+
+def _apart(have: float, want: float) -> float:
+    """Relative difference. Where only one is finite, infinite: `max` would lose a NaN, and a broken run would agree."""
+    if not (math.isfinite(have) and math.isfinite(want)):
+        return 0.0 if math.isfinite(have) == math.isfinite(want) else math.inf
+    return abs(have - want) / max(abs(want), 1e-12)
 
 
 def _launch(spec_file: Path, names: Sequence[str], world_size: int, steps: int) -> list[Curve]:
@@ -223,7 +228,7 @@ def _parser() -> CommandLine:
     parser.add_argument("--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field; repeatable")
     parser.add_argument("--backends", default=DEFAULT_BACKENDS, help=f"of {','.join(BACKENDS)}")
     parser.add_argument("--world-sizes", default="1,2", help="numbers of processes (default 1,2)")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each run (default 20)")
+    parser.add_argument("--steps", type=positive, default=20, help="optimizer steps of each run (default 20)")
     parser.add_argument("--tolerance", type=float, help="relative (default: 1e-5 in fp32, 1e-2 in 16 bits)")
     parser.add_argument("--json", metavar="FILE", help="write differences and curves there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -31,6 +32,15 @@ def create_run_folder(folder: Path) -> None:
             f"`--run-dir` must be a folder that can be written to, but {folder} is not ({error.strerror}); "
             "name another folder"
         ) from None
+
+
+def strict(value: Any) -> Any:
+    """`value` with null for what JSON has no word for: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -72,3 +72,23 @@ def test_the_first_step_apart_is_named():
     assert outcomes[1].first_step_apart == 3 and outcomes[1].loss == pytest.approx(0.1)
     assert outcomes[2].error == "ran out of memory"
     assert not agree(outcomes, 1e-5) and agree(outcomes[:1], 1e-5)
+
+
+def test_a_norm_that_is_not_finite_in_one_run_alone_is_a_difference():
+    def curve(name, *norms):
+        return Curve(name, 1, tuple({"loss": 1.0, "grad_norm": norm, "lr": {"all": 1e-3}} for norm in norms))
+
+    nan, inf = float("nan"), float("inf")
+    outcomes = compare([curve("single", 1.0, 1.0), curve("ddp", 1.0, nan), curve("fsdp", nan, 1.0)], 1e-5)
+    assert [outcome.grad_norm for outcome in outcomes] == [0.0, inf, inf]
+    assert [outcome.first_step_apart for outcome in outcomes] == [None, 2, 1]
+    assert not agree(outcomes, 1e-5)
+    # fp16: both refused the same step; DeepSpeed calls the norm of such a step infinite, torch NaN.
+    assert agree(compare([curve("single", nan, 1.0), curve("zero2", inf, 1.0)], 1e-5), 1e-5)
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "many", "99999999999999"])
+def test_steps_must_be_a_positive_number(steps):
+    done = python("-m", "scaling.parity", "--spec", str(SPECS / "gpt-parity.json"), f"--steps={steps}")
+    assert done.returncode == 2
+    assert "--steps" in done.stderr and "Traceback" not in done.stderr

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import logging
-import math
 import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 from scaling.errors import StorageError
 from scaling.records import StepRecord, ValidationRecord
-from scaling.run_folder import METRICS, VALIDATION
+from scaling.run_folder import METRICS, VALIDATION, strict
 from scaling.units import format_bytes, format_count, format_seconds
 
 logger = logging.getLogger("scaling")
@@ -47,7 +46,7 @@ class JsonLines:
 
     def _write(self, name: str, record: Any) -> None:
         try:
-            self._files[name].write(json.dumps(_strict(dataclasses.asdict(record)), allow_nan=False) + "\n")
+            self._files[name].write(json.dumps(strict(dataclasses.asdict(record)), allow_nan=False) + "\n")
             self._files[name].flush()
         except OSError as error:
             raise StorageError(
@@ -151,11 +150,6 @@ class Memory:
 
     def close(self) -> None:
         pass
-
-
-def _strict(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: the gradient norm of a skipped step becomes null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _progress_bar(last_step: int) -> Any:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaling.errors import CommandLine, UserError, run_command
+from scaling.errors import CommandLine, UserError, positive, run_command
 from scaling.hardware import parse_gpus
 from scaling.render import render
 from scaling.render.shipped import write_shipped
@@ -38,16 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) <= 2**20:
-        raise UserError(f"`--world-size` must be a number of ranks of at least 1, but is {text!r}; correct it")
-    return int(text)
-
-
 def _parser() -> CommandLine:
     parser = CommandLine(prog="python -m scaling.render", description=__doc__)
     parser.add_argument("spec", nargs="?", metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
-    parser.add_argument("--world-size", type=_positive, help="number of ranks (default 1)")
+    parser.add_argument("--world-size", type=positive, help="number of ranks (default 1)")
     parser.add_argument("--gpus", metavar="[NODESx]COUNTxNAME", help="such as 8xH100-80GB, in place of --world-size")
     parser.add_argument("--backend", choices=KINDS, help="another backend than the spec's")
     parser.add_argument("--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field; repeatable")
