@@ -19,6 +19,8 @@ class UserError(ValueError):
     """Optimizer step at which it came to light, where it was during training."""
     rank: int | None = None
     """The rank at fault, where that is known."""
+    shared = False
+    """Every rank raises it alike, so that rank 0 can speak for all."""
 
 
 class DoesNotFit(UserError):
@@ -31,16 +33,40 @@ class NonFinite(UserError):
     """The loss or the gradient is NaN or infinite; every rank raises it alike."""
 
     code = 4
+    shared = True
 
     def __init__(self, message: str, *, step: int, rank: int | None) -> None:
         super().__init__(message)
         self.step, self.rank = step, rank
 
 
+class CheckpointError(UserError):
+    """A checkpoint cannot be used: damaged, or of another model."""
+
+    code = 5
+
+
 class StorageError(UserError):
     """The run folder cannot be used: full, read-only, or holding another run."""
 
     code = 6
+
+
+class NoProgress(UserError):
+    """The run was started again and again and never got to another checkpoint."""
+
+    code = 7
+
+
+class Stopped(UserError):
+    """Not a mistake: a signal asked the run to stop, and it has saved."""
+
+    code = 75
+    shared = True
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class CommandLine(argparse.ArgumentParser):

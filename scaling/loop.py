@@ -2,19 +2,40 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scaling.checkpoint.keeper import Keeper
 from scaling.data.dataset import MicroBatch
+from scaling.data.hashing import derive
 from scaling.engine.process import Process
 from scaling.engine.protocol import Engine
+from scaling.errors import Stopped
+from scaling.nonfinite import NonFinitePolicy
 from scaling.objectives import Objective
-from scaling.profile.recorder import Recorder, StepResult
-from scaling.records import IGNORED, ValidationRecord
+from scaling.profile.recorder import Landed, Recorder, StepResult
+from scaling.records import IGNORED, BatchPlan, Progress, ValidationRecord
 from scaling.schedule import lr_factor
 from scaling.spec.sections import AnySchedule
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is to be done when: the part of a job that the loop follows."""
+
+    plan: BatchPlan
+    seed: int
+    schedule: AnySchedule
+    max_steps: int
+    """Where the schedule ends."""
+    last_step: int
+    """Where this run ends."""
+    validation_interval: int | None
+    save_best: bool
+    """Save after each validation that is better than all before."""
 
 
 def train(
@@ -23,34 +44,75 @@ def train(
     batches: Iterator[list[MicroBatch]],
     process: Process,
     recorder: Recorder,
+    keeper: Keeper,
+    policy: NonFinitePolicy,
+    course: Course,
+    progress: Progress,
     *,
-    schedule: AnySchedule,
-    max_steps: int,
-    stop_after: int,
-    validation_interval: int | None = None,
-    validate: Callable[[int], ValidationRecord] | None = None,
+    validate: Callable[[int], ValidationRecord],
+    stop_requested: Callable[[], bool],
 ) -> None:
-    """Take `stop_after` optimizer steps of a schedule of `max_steps`.
+    """Take the optimizer steps of `course` that `progress` has not.
 
-    `validate(steps done)` runs every `validation_interval` steps and after the last.
-    Raises NonFinite, on all ranks alike, when the loss or the gradient of any rank is not finite.
+    `validate(steps done)` runs every `validation_interval` steps and after the last. Raises, on all ranks alike,
+    NonFinite or GoBack where the loss or the gradient of any rank is not finite, and Stopped, after saving, when any
+    rank was asked to stop.
     """
     engine.module.train()
-    for step in range(stop_after):
-        lr = _set_learning_rates(engine.param_groups, lr_factor(schedule, step, max_steps))
+
+    def settled(landed: list[Landed]) -> bool:
+        """Act on what steps found; returns whether to stop."""
+        for step in landed:
+            policy.take(step, is_main=process.is_main)
+            if step.save_failed:
+                keeper.check()
+        return any(step.stop for step in landed)
+
+    while progress.step < course.last_step:
+        _seed_step(course.seed, progress.step, process)
+        lr = _set_learning_rates(engine.param_groups, lr_factor(course.schedule, progress.step, course.max_steps))
         with recorder.clock.phase("data"):
             micro_batches = next(batches)
-        loss_scale = engine.loss_scale
-        result = _train_step(engine, objective, micro_batches, process, recorder)
-        done = step + 1
-        recorder.step(done, result, lr=lr, loss_scale=loss_scale)
-        if validate and validation_interval and (done % validation_interval == 0 or done == stop_after):
+        loss_scale, first_sample = engine.loss_scale, progress.first_sample(course.plan)
+        requests = (stop_requested(), keeper.failed)
+        result = _train_step(engine, objective, micro_batches, process, recorder, requests)
+        progress = progress.after(course.plan)
+        stop = settled(recorder.step(progress, first_sample, result, lr=lr, loss_scale=loss_scale))
+        keeper.poll()
+
+        last = progress.step == course.last_step
+        interval = course.validation_interval
+        validates = interval is not None and (progress.step % interval == 0 or last)
+        if validates or stop or last or keeper.due(progress.step):
+            # A state that is saved, or measured, must be known to be sound.
+            stop = settled(recorder.drain()) or stop
             with recorder.pause():
-                recorder.validation(validate(done))
+                improved = False
+                if validates:
+                    record = validate(progress.step)
+                    recorder.validation(record)
+                    improved = progress.best is None or record.loss < progress.best[1]
+                    progress = replace(progress, best=(progress.step, record.loss)) if improved else progress
+                if stop or last or keeper.due(progress.step) or (improved and course.save_best):
+                    keeper.save(engine, progress)
+        if stop and not last:
+            keeper.finish()
+            raise Stopped(f"stopped by a signal after step {progress.step}, which is saved", step=progress.step)
+    keeper.finish()
+
+
+def _seed_step(seed: int, step: int, process: Process) -> None:
+    """Make all that is random in a step (dropout) a function of the seed, the step and the rank: none is ever saved."""
+    torch.manual_seed(derive(seed, step, process.rank) >> 1)
 
 
 def _train_step(
-    engine: Engine, objective: Objective, micro_batches: list[MicroBatch], process: Process, recorder: Recorder
+    engine: Engine,
+    objective: Objective,
+    micro_batches: list[MicroBatch],
+    process: Process,
+    recorder: Recorder,
+    requests: tuple[bool, bool],
 ) -> StepResult:
     clock, device = recorder.clock, process.device
     targets = sum(int((batch.targets != IGNORED).sum()) for batch in micro_batches)
@@ -63,12 +125,14 @@ def _train_step(
             with clock.phase("forward"):
                 loss = objective(engine.module, _to(batch, device))
             with clock.phase("backward"):
-                engine.backward(loss * scale)
+                # The difference is 0, or NaN where the loss is not finite: then no gradient is either, on any rank,
+                # and the engine refuses the update.
+                engine.backward(loss * (scale + (loss - loss).detach()))
         total += loss.detach()
     with clock.phase("optimizer"):
         norm = engine.step()
-    loss, bad_ranks = _over_ranks(total, process)
-    return StepResult(loss / targets, norm, bad_ranks)
+    loss, wishes, bad_ranks = _over_ranks(total, requests, process)
+    return StepResult(loss / targets, norm, bad_ranks, wishes)
 
 
 def measure_validation(
@@ -96,13 +160,15 @@ def measure_validation(
     return ValidationRecord(step, loss, bits_per_byte, int(tokens), time.perf_counter() - began)
 
 
-def _over_ranks(total: Tensor, process: Process) -> tuple[Tensor, Tensor]:
-    """The summed loss of all ranks, and which ranks' own was not finite, in one collective."""
-    values = torch.full((1 + process.world_size,), 0.0, device=total.device)
+def _over_ranks(total: Tensor, requests: tuple[bool, bool], process: Process) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss of all ranks, how many have each request, and whose own loss was not finite: one collective."""
+    values = torch.full((3 + process.world_size,), 0.0)
+    values[1], values[2] = map(float, requests)
+    values = values.to(total.device, non_blocking=True)
     values[0] = total
-    values[1 + process.rank] = (~total.isfinite()).float()
+    values[3 + process.rank] = (~total.isfinite()).float()
     process.sum_over_ranks(values)
-    return values[0], values[1:]
+    return values[0], values[1:3], values[3:]
 
 
 def _set_learning_rates(groups: list[dict[str, Any]], factor: float) -> dict[str, float]:

@@ -177,7 +177,7 @@ def _work(options: argparse.Namespace) -> int:
     """What each rank of a launch does: train each backend from the start, rank 0 noting the curves."""
     from scaling.engine.process import process_from_environment
     from scaling.profile.sinks import Memory
-    from scaling.train import resolve, run
+    from scaling.run import resolve, run
 
     with process_from_environment() as process:
         for name in options.backends.split(","):

@@ -1,6 +1,7 @@
 """Plain records that one part of a run hands to another. Counts are whole numbers, memory is bytes, time is seconds."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 IGNORED = -100
 """The target of a position that adds nothing to the loss: torch's own `ignore_index`, and Hugging Face's."""
@@ -37,6 +38,41 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a run has come: all that its data and its schedule depend on."""
+
+    step: int = 0
+    """Optimizer steps done, refused ones included."""
+    samples: int = 0
+    """Where in the global order of samples the next step looks for its own."""
+    tokens: int = 0
+    """Input tokens seen, masked ones included."""
+    skipped: tuple[int, ...] = ()
+    """Places in the order at which a step's samples are passed over, since they gave no finite gradient."""
+    best: tuple[int, float] | None = None
+    """Step and loss of the best validation."""
+
+    def first_sample(self, plan: BatchPlan) -> int:
+        """The place in the order at which the samples of the next step begin."""
+        place = self.samples
+        while place in self.skipped:
+            place += plan.global_batch
+        return place
+
+    def after(self, plan: BatchPlan) -> "Progress":
+        """The progress one step later."""
+        samples = self.first_sample(plan) + plan.global_batch
+        return replace(self, step=self.step + 1, samples=samples, tokens=self.tokens + plan.global_tokens)
+
+    def first_samples(self, plan: BatchPlan, last_step: int) -> Iterator[int]:
+        """`first_sample` of each step from here to `last_step`."""
+        progress = self
+        while progress.step < last_step:
+            yield progress.first_sample(plan)
+            progress = progress.after(plan)
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One logged step: a line of metrics.jsonl."""
 
@@ -51,7 +87,7 @@ class StepRecord:
     tokens: int
     """Input tokens seen since the start of training, masked ones included."""
     samples_seen: int
-    """Sequences seen since the start of training."""
+    """Sequences seen since the start of training: the place in the order of the data."""
     step_seconds: float
     """Mean over the steps since the last record, pauses (validation) left out."""
     tokens_per_second: float
@@ -66,7 +102,11 @@ class StepRecord:
     device: dict[str, float | None]
     """Utilisation, power and temperature of rank 0's GPU."""
     skipped: bool
-    """The update was not applied, because the gradient was not finite at this fp16 loss scale."""
+    """The update was not applied on any rank, because the loss or the gradient was not finite."""
+    first_sample: int
+    """Place in the global order of the first sample of the step; the others follow it."""
+    bad_ranks: list[int]
+    """Ranks whose own loss was not finite."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """The folder of one run: what is written where (README.md has the list)."""
 
+import fcntl
+import hashlib
 import json
 import logging
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,27 +14,160 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from scaling.errors import StorageError
+from scaling.errors import NoProgress, StorageError
 
 METRICS, VALIDATION, EXIT = "metrics.jsonl", "validation.jsonl", "exit.json"
+LOCK, RESTARTS, CHECKPOINTS = "run.lock", "restarts.json", "checkpoints"
 PACKAGES = ("scaling", "torch", "deepspeed", "pydantic", "numpy", "tokenizers")
 
 
-def create_run_folder(folder: Path) -> None:
-    """Make `folder`, or raise StorageError where it cannot be written to or already holds a run."""
-    if (folder / METRICS).exists():
-        raise StorageError(
-            f"`--run-dir` must be a folder without a run in it, but {folder} has {METRICS}; "
-            "name another folder, or move that one away"
-        )
+def open_run_folder(folder: Path, *, resume: str, saves: bool) -> "RunLock":
+    """Make `folder` or enter it, for this process alone until the lock is closed. For rank 0.
+
+    StorageError where it cannot be written to, where another run is at work in it, or where it holds a run that
+    `resume` ("auto", "never" or a path), or a run that saves nothing, would mix with.
+    """
+    if "\0" in str(folder):
+        raise StorageError(f"`--run-dir` must be a path, but is {str(folder)!r}, with a NUL in it; drop it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS).touch()
+        lock = RunLock(folder / LOCK)
     except OSError as error:
-        raise StorageError(
-            f"`--run-dir` must be a folder that can be written to, but {folder} is not ({error.strerror}); "
-            "name another folder"
-        ) from None
+        raise _not_writable(folder, error) from None
+    try:
+        holds_a_run = (folder / METRICS).exists() and (folder / METRICS).stat().st_size > 0
+        if holds_a_run and (resume == "never" or not saves):
+            why = "" if resume == "never" else " and no checkpoint to go on from, since `checkpoint` is null"
+            raise StorageError(
+                f"`--run-dir` must be a folder without a run in it, but {folder} has {METRICS}{why}; "
+                "name another folder, or move that one away"
+            )
+        (folder / EXIT).unlink(missing_ok=True)
+        mend_lines(folder / METRICS)
+        mend_lines(folder / VALIDATION)
+        (folder / METRICS).touch()
+        if saves:  # found out now, not at the first save
+            probe = folder / CHECKPOINTS / ".incomplete-probe"
+            probe.mkdir(parents=True, exist_ok=True)
+            probe.rmdir()
+    except OSError as error:
+        lock.close()
+        raise _not_writable(folder, error) from None
+    except StorageError:
+        lock.close()
+        raise
+    return lock
+
+
+class RunLock:
+    """Holds a run folder for one process. The kernel lets go of it however the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises StorageError where another process holds it, and OSError where the file cannot be opened."""
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the run
+        began = time.monotonic()
+        while not self._acquire():
+            holder = self._holder()
+            if time.monotonic() - began > (_DYING_S if _is_dying(holder) else _ALIVE_S):
+                self._file.close()
+                raise StorageError(
+                    f"`--run-dir` must be a folder that no other run is at work in, but {path.parent} is held by "
+                    f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')} since "
+                    f"{holder.get('since', 'an unknown time')}; wait for it, stop it, or name another folder"
+                )
+            time.sleep(0.05)
+        self._file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Let go."""
+        self._file.close()
+
+    def _acquire(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks: go by what the last holder wrote
+            holder = self._holder()
+            same_host = holder.get("host") == socket.gethostname()
+            return not holder or (same_host and not Path(f"/proc/{holder.get('pid')}").exists())
+        return True
+
+    def _holder(self) -> dict[str, Any]:
+        try:
+            self._file.seek(0)
+            found = json.loads(self._file.read(1000))
+            return found if isinstance(found, dict) else {}  # pyright: ignore[reportUnknownVariableType]
+        except (OSError, ValueError):
+            return {}
+
+
+_DYING_S, _ALIVE_S = 10.0, 0.5
+"""A killed process lets go of its locks only once its memory is freed: seconds, for a large one. For a moment it does
+not even look like one that was killed."""
+
+
+def _is_dying(holder: dict[str, Any]) -> bool:
+    """Whether the process that holds a lock on this host is gone, or as good as gone."""
+    if holder.get("host") != socket.gethostname():
+        return False
+    try:
+        stat = Path(f"/proc/{holder.get('pid')}/stat").read_text()
+    except OSError:
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
+
+
+def mend_lines(path: Path) -> None:
+    """Cut off the last line of a JSON-lines file if it was broken off: what is appended must not join it."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        back = min(size, 1 << 20)
+        file.seek(size - back)
+        tail = file.read(back)
+        if tail and not tail.endswith(b"\n"):
+            file.truncate(size - back + tail.rfind(b"\n") + 1)
+
+
+def count_start(folder: Path, *, newest: int | None, limit: int | None, spec: dict[str, Any]) -> None:
+    """Take note of a start from checkpoint `newest`; NoProgress after `limit` restarts that got no further.
+
+    A start counts as a restart where the one before it neither ended well nor was stopped by a signal. Another spec, or
+    removing restarts.json, begins the count anew.
+    """
+    path = folder / RESTARTS
+    digest = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = before["newest"] == newest and before["spec"] == digest
+        restarts = before["restarts"] + 1 if same and not before["ended_well"] else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        restarts = 0
+    if limit is not None and restarts >= limit:
+        where = "before its first checkpoint" if newest is None else f"with step {newest} as its newest checkpoint"
+        raise NoProgress(
+            f"`checkpoint.restart_limit` must not be reached, but the run was started again {restarts} times {where}; "
+            f"find out from {folder / 'train.log'} what ends it, then remove {path}"
+        )
+    write_json(path, {"newest": newest, "restarts": restarts, "spec": digest, "ended_well": False})
+
+
+def _note_good_end(folder: Path) -> None:
+    path = folder / RESTARTS
+    if path.exists():
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "ended_well": True})
+
+
+def _not_writable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"`--run-dir` must be a folder that can be written to, but {folder} is not ({error.strerror}); "
+        "name another folder"
+    )
 
 
 def strict(value: Any) -> Any:
@@ -55,19 +191,25 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_exit(folder: Path, *, code: int, reason: str, rank: int, step: int | None) -> None:
     """How the run ended, for scripts: launchers swallow exit codes (torchrun returns 1 for any failure)."""
+    if code in (0, 75):
+        _note_good_end(folder)
     write_json(folder / EXIT, {"code": code, "reason": reason, "rank": rank, "step": step, "time": time.time()})
 
 
 def environment(world_size: int, device: str) -> dict[str, Any]:
     """Versions, commit and device of this run; no environment variable is recorded, some hold secrets."""
-    versions = {name: _version(name) for name in PACKAGES}
     return {
-        "versions": versions | {"python": sys.version.split()[0]},
+        "versions": versions(),
         "commit": _commit(),
         "world_size": world_size,
         "device": device,
         "cores": os.cpu_count(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that a run depends on; None for one that is not installed."""
+    return {name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
 
 
 def log_to(folder: Path, rank: int) -> None:

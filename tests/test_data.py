@@ -1,6 +1,7 @@
 """The data package: order, windows, caches, made sequences and the loader."""
 
 import errno
+import itertools
 import json
 import math
 import multiprocessing
@@ -140,8 +141,7 @@ def samples_of_step(world_size: int, micro_batch: int, accumulation: int, first:
                 accumulation=accumulation,
                 rank=rank,
                 world_size=world_size,
-                first_step=first,
-                last_step=last,
+                first_samples=range(12 * first, 12 * last, 12),
                 device=CPU,
             )
         )
@@ -166,7 +166,7 @@ def test_samples_do_not_depend_on_the_world_size(world_size: int, micro_batch: i
 
 
 def iterate(dataset, **changes):
-    settings = dict(seed=1, micro_batch=2, accumulation=2, rank=0, world_size=1, first_step=0, last_step=10**9)
+    settings = dict(seed=1, micro_batch=2, accumulation=2, rank=0, world_size=1, first_samples=itertools.count(0, 4))
     return step_batches(dataset, **(settings | changes), device=CPU)
 
 
@@ -188,8 +188,8 @@ def test_reads_ahead_and_stops_when_closed() -> None:
 
 
 def test_thread_ends_with_the_steps() -> None:
-    assert len(list(iterate(Numbers(5), first_step=3, last_step=7))) == 4
-    assert list(iterate(Numbers(5), first_step=7, last_step=7)) == []
+    assert len(list(iterate(Numbers(5), first_samples=range(12, 28, 4)))) == 4
+    assert list(iterate(Numbers(5), first_samples=[])) == []
     assert not readers()
 
 
@@ -213,7 +213,7 @@ def test_a_process_that_forgets_to_close_ends() -> None:
         "import torch\nfrom scaling.data.loader import step_batches\n"
         "from scaling.data.synthetic import SyntheticDataset\n"
         "steps = step_batches(SyntheticDataset(1, 0, 9, 4, 16), seed=1, micro_batch=2, accumulation=1, rank=0,"
-        " world_size=1, first_step=0, last_step=10**9, device=torch.device('cpu'))\n"
+        " world_size=1, first_samples=range(0, 10**9, 2), device=torch.device('cpu'))\n"
         "next(steps)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

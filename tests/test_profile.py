@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from scaling.errors import NonFinite
+from scaling.nonfinite import GoBack, NonFinitePolicy
 from scaling.profile.clock import PHASES, Clock
 from scaling.profile.memory import MemoryMonitor
 from scaling.profile.nvml import UNKNOWN, DeviceMonitor
 from scaling.profile.recorder import Recorder, StepResult
 from scaling.profile.sinks import JsonLines, Memory, TensorBoard, Terminal
-from scaling.records import BatchPlan, ValidationRecord
+from scaling.records import BatchPlan, Progress, ValidationRecord
 
 CPU = torch.device("cpu")
 PLAN = BatchPlan(global_batch=8, micro_batch=2, accumulation=2, world_size=2, sequence_length=16)
@@ -20,13 +21,22 @@ PLAN = BatchPlan(global_batch=8, micro_batch=2, accumulation=2, world_size=2, se
 
 def recorder(*sinks, interval=2, last_step=5, peak_flops=None):
     return Recorder(
-        sinks, PLAN, CPU, interval=interval, last_step=last_step, flops_per_token=1e6, peak_flops=peak_flops
+        sinks,
+        PLAN,
+        CPU,
+        interval=interval,
+        first_step=0,
+        last_step=last_step,
+        flops_per_token=1e6,
+        peak_flops=peak_flops,
     )
 
 
 def take(taker, step, loss=2.0, norm=1.0, bad=(0.0, 0.0), loss_scale=1.0):
-    result = StepResult(torch.tensor(loss), torch.tensor(norm), torch.tensor(bad))
-    taker.step(step, result, lr={"all": 0.1}, loss_scale=loss_scale)
+    result = StepResult(torch.tensor(loss), torch.tensor(norm), torch.tensor(bad), torch.zeros(2))
+    progress = Progress(step, step * 8, step * 8 * 16)
+    (landed,) = taker.step(progress, (step - 1) * 8, result, lr={"all": 0.1}, loss_scale=loss_scale)
+    return landed
 
 
 def test_every_interval_and_the_last_step_are_recorded():
@@ -68,30 +78,52 @@ def test_pauses_are_left_out_of_the_speed(monkeypatch):
     ("values", "told", "rank"),
     [
         ({"loss": float("nan"), "norm": float("nan"), "bad": (0.0, 1.0)}, "the loss of rank 1 is not finite", 1),
-        ({"loss": float("inf"), "bad": (1.0, 1.0)}, "the loss of ranks 0, 1 is not finite", 0),
-        ({"norm": float("nan")}, "the gradient is not finite (norm nan) although the loss of every rank is", None),
+        ({"loss": float("inf"), "norm": float("nan"), "bad": (1.0, 1.0)}, "the loss of ranks 0, 1 is not finite", 0),
+        ({"norm": float("nan")}, "the gradient is not finite (norm nan) though the loss of every rank is", None),
     ],
 )
-def test_a_step_that_is_not_finite_is_told_with_step_and_rank(values, told, rank):
-    kept = Memory()
-    taker = recorder(kept, interval=1)
-    take(taker, 1)
-    with pytest.raises(NonFinite) as caught:
-        take(taker, 2, **values)
-    assert told in str(caught.value) and "at step 2" in str(caught.value)
-    assert (caught.value.code, caught.value.step, caught.value.rank) == (4, 2, rank)
-    assert [record.step for record in kept.steps] == [1]
-
-
-def test_an_overflow_under_a_loss_scale_is_skipped_and_recorded_whatever_the_interval():
-    kept = Memory()
+def test_a_step_that_is_not_finite_is_recorded_and_told_with_step_rank_and_samples(values, told, rank):
+    kept, policy = Memory(), NonFinitePolicy("stop", limit=5)
     taker = recorder(kept, interval=100)
-    take(taker, 1, norm=float("inf"), loss_scale=2.0)
+    policy.take(take(taker, 1), is_main=True)
+    with pytest.raises(NonFinite) as caught:
+        policy.take(take(taker, 2, **values), is_main=True)
+    assert told in str(caught.value) and "at step 2" in str(caught.value) and "(8 and on in" in str(caught.value)
+    assert (caught.value.code, caught.value.step, caught.value.rank) == (4, 2, rank)
+    (record,) = kept.steps
+    assert record.skipped and (record.step, record.first_sample) == (2, 8)
+    assert record.bad_ranks == [r for r, bad in enumerate(values.get("bad", ())) if bad]
+
+
+def test_an_overflow_under_a_loss_scale_is_no_matter_for_the_policy():
+    kept, policy = Memory(), NonFinitePolicy("stop", limit=5)
+    taker = recorder(kept, interval=100)
+    policy.take(take(taker, 1, norm=float("inf"), loss_scale=2.0), is_main=True)
     assert [record.skipped for record in kept.steps] == [True]
+    with pytest.raises(NonFinite):  # a scale of 1 cannot be lowered
+        policy.take(take(taker, 2, norm=float("inf"), loss_scale=1.0), is_main=True)
+    with pytest.raises(NonFinite):  # no scale mends a loss
+        policy.take(take(taker, 3, loss=float("nan"), norm=float("nan"), bad=(1.0, 0.0), loss_scale=2.0), is_main=True)
+
+
+def test_skip_gives_up_after_the_limit_in_a_row():
+    policy, taker, nan = NonFinitePolicy("skip", limit=2), recorder(), float("nan")
+    for step, norm in enumerate([nan, nan, 1.0, nan, nan], 1):
+        policy.take(take(taker, step, norm=norm), is_main=True)
+    with pytest.raises(NonFinite, match="3 such steps in a row"):
+        policy.take(take(taker, 6, norm=nan), is_main=True)
+
+
+def test_rollback_counts_on_over_steps_that_are_done_again():
+    policy, taker, nan = NonFinitePolicy("rollback", limit=2), recorder(), float("nan")
+    policy.take(take(taker, 3), is_main=True)
+    for _ in range(2):
+        with pytest.raises(GoBack) as back:
+            policy.take(take(taker, 4, norm=nan), is_main=True)
+        assert (back.value.step, back.value.first_sample) == (4, 24)
+        policy.take(take(taker, 3), is_main=True)  # again, after going back
     with pytest.raises(NonFinite):
-        take(taker, 2, norm=float("inf"), loss_scale=1.0)  # a scale of 1 cannot be lowered
-    with pytest.raises(NonFinite):
-        take(taker, 3, loss=float("nan"), bad=(1.0, 0.0), loss_scale=2.0)  # no scale mends a loss
+        policy.take(take(taker, 4, norm=nan), is_main=True)
 
 
 def test_files_have_one_strict_json_object_a_line(tmp_path):

@@ -28,6 +28,11 @@ class Dataset(Protocol):
         """UTF-8 bytes of text per token, for bits per byte; None where unknown."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Says which samples these are: of another content, order or length it is another."""
+        ...
+
     def __len__(self) -> int:
         """The number of samples in one epoch."""
         ...

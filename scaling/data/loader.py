@@ -5,7 +5,7 @@ Nothing here ends early on one rank: the number of micro-batches follows from th
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -31,34 +31,34 @@ def step_batches(
     accumulation: int,
     rank: int,
     world_size: int,
-    first_step: int,
-    last_step: int,
+    first_samples: Iterable[int],
     device: torch.device,
 ) -> Generator[list[MicroBatch], None, None]:
-    """The micro-batches of this rank, `accumulation` of them for each optimizer step first_step .. last_step-1.
+    """The micro-batches of this rank, `accumulation` of them for each optimizer step.
 
-    Step k is made of the global samples k B .. (k+1) B - 1, where B = micro_batch x world_size x accumulation, for any
-    world size: micro-step a of rank r takes `micro_batch` of them from k B + (a world_size + r) micro_batch on.
+    A step whose first global sample is s is made of the samples s .. s + B - 1, where B = micro_batch x world_size x
+    accumulation, for any world size: micro-step a of rank r takes `micro_batch` of them from
+    s + (a world_size + r) micro_batch on. `first_samples` has that s for each step.
 
     From the first `next` on, a thread reads ahead, into pinned memory if the device is a GPU. What it raises is raised
     here, as it is; `close()` ends it.
     """
-    assert 0 <= rank < world_size and micro_batch > 0 and accumulation > 0 and first_step >= 0
+    assert 0 <= rank < world_size and micro_batch > 0 and accumulation > 0
     on_gpu = device.type == "cuda"
     gpu = torch.cuda.current_device() if on_gpu and device.index is None else device.index  # a new thread's is always 0
 
-    def read_step(step: int) -> list[MicroBatch]:
+    def read_step(first_sample: int) -> list[MicroBatch]:
         batches: list[MicroBatch] = []
         for micro_step in range(accumulation):
-            number = (step * accumulation + micro_step) * world_size + rank
-            batch = dataset.read(sample_indices(number * micro_batch, micro_batch, len(dataset), seed))
+            first = first_sample + (micro_step * world_size + rank) * micro_batch
+            batch = dataset.read(sample_indices(first, micro_batch, len(dataset), seed))
             batches.append(_pinned(batch) if on_gpu else batch)
         return batches
 
     def steps() -> Iterator[list[MicroBatch]]:
         if on_gpu:
             torch.cuda.set_device(gpu)  # or pinning would occupy some hundred MB of GPU 0 from every rank
-        return map(read_step, range(first_step, last_step))
+        return map(read_step, first_samples)
 
     return _read_ahead(steps)
 

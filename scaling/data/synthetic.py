@@ -35,6 +35,10 @@ class SyntheticDataset:
     masked_fraction: float = 0.0
     bytes_per_token: float | None = None
 
+    @property
+    def fingerprint(self) -> str:
+        return repr(self)
+
     def __len__(self) -> int:
         return self.samples
 

@@ -96,7 +96,7 @@ def _open_windows(
 
     entry = cached_tokens(Path(data.cache), key, dtype, write)
     ratio = entry.counts.bytes / entry.counts.tokens if entry.counts.tokens else None
-    stream = TokenStream([TokenFile(entry.path, entry.tokens)])
+    stream = TokenStream([TokenFile(entry.path, entry.tokens, key)])
     dataset = WindowDataset(stream, 0, len(stream), data.sequence_length, vocab_size, bytes_per_token=ratio)
     refuse_too_small(dataset, field)
     return dataset

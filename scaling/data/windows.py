@@ -1,5 +1,6 @@
 """Samples as windows of a long stream of tokens that lies in one or more memory-mapped files."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,19 @@ class TokenFile:
     path: Path
     tokens: np.ndarray
     """Token ids of any integer type, [tokens], as a rule memory-mapped."""
+    digest: str | None = None
+    """A hash of what it was made from, where one is known."""
+
+    def identity(self) -> str:
+        """The digest; or else the length and a hash of 64 places of up to 4,096 tokens, the first and the last among
+        them: reading all of a large file at each start would take minutes.
+        """
+        if self.digest is not None:
+            return self.digest
+        count, size = len(self.tokens), 4096
+        starts = np.linspace(0, max(0, count - size), 64).astype(np.int64)
+        content = hashlib.sha256(b"".join(self.tokens[start : start + size].tobytes() for start in starts))
+        return f"{count} {self.tokens.dtype} {content.hexdigest()}"
 
 
 class TokenStream:
@@ -28,6 +42,10 @@ class TokenStream:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def identities(self) -> list[str]:
+        """What identifies each file."""
+        return [file.identity() for file in self._files]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens at start .. stop-1, int64 [stop - start], from as many files as it takes."""
@@ -66,6 +84,11 @@ class WindowDataset:
     ignore_token_id: int | None = None
     """Targets with this id are masked."""
     bytes_per_token: float | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        parts = (*self.stream.identities(), self.start, self.stop, self.sequence_length, self.ignore_token_id)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return max(0, (self.stop - self.start - 1) // self.sequence_length)

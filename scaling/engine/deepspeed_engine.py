@@ -4,16 +4,18 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaling.engine.blocks import prepare_blocks
-from scaling.engine.optimizer import build_adamw
+from scaling.engine.optimizer import build_adamw, make_moments, moments, set_updates, updates
 from scaling.engine.process import Process
-from scaling.engine.protocol import FlatShard
+from scaling.engine.protocol import FlatShard, cut
 from scaling.errors import UserError
 from scaling.groups import Group
 from scaling.models.recipe import ModelRecipe, canonical_name
@@ -47,7 +49,7 @@ def build_deepspeed(
     optimizer = build_adamw(parameters, groups, spec.optimizer)
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered, dist_init_required=False)
     engine = DeepSpeedEngine(wrapped, parameters, stage3=stage3)
-    engine.restore_masters(recipe)
+    engine.start_from(recipe)
     return engine
 
 
@@ -59,6 +61,12 @@ class DeepSpeedEngine:
         self._engine = engine
         self._parameters = parameters
         self._stage3 = stage3
+        half = engine.bfloat16_enabled() or engine.fp16_enabled()
+        # In 16 bits DeepSpeed has no fp32 values of what is frozen; without them a move to another backend would round.
+        self._frozen_masters = {shard.name: _on_host(shard.own()) for shard in self._frozen()} if half else {}
+        if engine.fp16_enabled():
+            # The loop ends a run whose scale is 1 and whose gradients are not finite, and says where they came from.
+            engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -99,28 +107,73 @@ class DeepSpeedEngine:
                 gradients.update(dict.fromkeys(gradients))
 
     def state(self) -> Iterator[FlatShard]:
+        yield from self._frozen_masters.values() or self._frozen()
+        shards = _stage3_state if self._stage3 else _stage12_state
+        yield from shards(self._parameters, self._engine.optimizer)
+
+    def counters(self) -> dict[str, float]:
+        optimizer = self._engine.optimizer
+        scaler = scaler_counters(optimizer.loss_scaler) if self._engine.fp16_enabled() else {}
+        return {"updates": updates(optimizer.optimizer)} | scaler
+
+    @contextlib.contextmanager
+    def loading(self, counters: Mapping[str, float]) -> Iterator[None]:
         optimizer = self._engine.optimizer
         if self._stage3:
-            yield from _stage3_state(self._parameters, optimizer)
-            return
+            optimizer._partition_all_parameters()  # what is gathered would outlive the shards that it came from
+        for index, flat in enumerate(_flats(optimizer)):
+            if not moments(optimizer.optimizer, flat):
+                with _swapped_in(optimizer, index):
+                    make_moments(optimizer.optimizer, flat)
+        yield
+        set_updates(optimizer.optimizer, counters["updates"])
+        if self._engine.fp16_enabled():
+            load_scaler(optimizer.loss_scaler, counters)
+        refresh = _refresh_stage3 if self._stage3 else _refresh_stage12
+        refresh(self._parameters, optimizer, self._frozen_masters)
+
+    def _frozen(self) -> Iterator[FlatShard]:
+        """Frozen parameters as DeepSpeed keeps them: whole on every rank, or cut at stage 3."""
+        world_size, rank = dist.get_world_size(), dist.get_rank()
         for name, parameter in self._parameters.items():
-            yield from _stage12_shards(name, parameter, optimizer, self._engine.global_rank)
+            if parameter.requires_grad:
+                continue
+            if self._stage3:
+                with _partition(parameter) as part:
+                    yield _stage3_shard(name, "master", parameter, part)
+            else:
+                values = parameter.detach().view(-1)
+                yield FlatShard(name, "master", parameter.numel(), 0, values, copies=world_size, copy=rank)
 
     def close(self) -> None:
         self._engine.destroy()
 
     @torch.no_grad()
-    def restore_masters(self, recipe: ModelRecipe) -> None:
+    def start_from(self, recipe: ModelRecipe) -> None:
         """Write the initial values into the fp32 masters: DeepSpeed made them of parameters rounded to 16 bits."""
         if not (self._engine.bfloat16_enabled() or self._engine.fp16_enabled()):
             return
-        whole = {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items() if p.requires_grad}
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()}
         values: dict[str, Tensor] = {}
         for shard in self.state():
-            if shard.kind == "master" and shard.name in whole:
+            if shard.kind == "master":
                 if shard.name not in values:
-                    values = {shard.name: recipe.initial_value(shard.name, whole[shard.name]).flatten()}
+                    values = {shard.name: recipe.initial_value(shard.name, shapes[shard.name]).flatten()}
                 shard.values.copy_(values[shard.name][shard.start : shard.start + shard.values.numel()])
+
+
+def scaler_counters(scaler: Any) -> dict[str, float]:
+    """The state of a DynamicLossScaler as `Engine.counters` says it."""
+    finite = scaler.cur_iter - scaler.last_overflow_iter - 1
+    return {"loss_scale": float(scaler.cur_scale), "finite_steps": float(finite)}
+
+
+def load_scaler(scaler: Any, counters: Mapping[str, float]) -> None:
+    """Let a DynamicLossScaler go on from `counters`; without a "loss_scale" among them, from where it is."""
+    if "loss_scale" in counters:
+        scaler.cur_scale = counters["loss_scale"]
+        # Only the distance of the two matters.
+        scaler.cur_iter, scaler.last_overflow_iter = int(counters["finite_steps"]), -1
 
 
 def _import_deepspeed(process: Process) -> Any:
@@ -176,48 +229,86 @@ def _live_groups(optimizer: Any) -> Iterator[tuple[int, list[nn.Parameter]]]:
         yield from enumerate(optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups)
 
 
-def _stage12_shards(name: str, parameter: nn.Parameter, optimizer: Any, rank: int) -> Iterator[FlatShard]:
-    """ZeRO-1/2: what `_hp_mapping` says this rank owns; frozen parameters are whole on every rank, rank 0's counts."""
-    mapping = getattr(parameter, "_hp_mapping", None)
-    if mapping is None:
-        if rank == 0 and not parameter.requires_grad:
-            yield FlatShard(name, "master", parameter.numel(), 0, parameter.detach().view(-1))
-        return
-    # Not `optim_fragment`: DeepSpeed 0.19.8 links the moments while the first group steps, when others have none yet.
-    names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")  # ZeRO; ZeRO-1 in bf16
-    flats = next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
-    flat, place = flats[mapping.param_group_index], mapping.hp_fragment_address
-    for kind, values in {"master": flat, **_moments(optimizer, flat)}.items():
-        fragment = values.detach().narrow(0, place.start, place.numel)
-        yield FlatShard(name, kind, parameter.numel(), mapping.lp_fragment_address.start, fragment)
+def _flats(optimizer: Any) -> list[Tensor]:
+    """This rank's fp32 masters, one tensor for each group, or sub-group at stage 3."""
+    # ZeRO-3; ZeRO-1 and 2; ZeRO-1 in bf16.
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
 
 
-def _moments(optimizer: Any, flat: Tensor) -> dict[str, Tensor]:
-    state = optimizer.optimizer.state.get(flat, {})
-    return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
+def _stage12_state(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> Iterator[FlatShard]:
+    """ZeRO-1/2: what `_hp_mapping` says this rank owns of each trainable parameter."""
+    flats = _flats(optimizer)
+    for name, parameter in parameters.items():
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            continue
+        # Not `optim_fragment`: DeepSpeed 0.19.8 links the moments while the first group steps, when others have none.
+        flat, place = flats[mapping.param_group_index], mapping.hp_fragment_address
+        for kind, values in {"master": flat, **moments(optimizer.optimizer, flat)}.items():
+            fragment = values.detach().narrow(0, place.start, place.numel)
+            yield FlatShard(name, kind, parameter.numel(), mapping.lp_fragment_address.start, fragment)
 
 
-def _stage3_state(parameters: dict[str, nn.Parameter], optimizer: Any) -> Iterator[FlatShard]:
+@torch.no_grad()
+def _refresh_stage12(parameters: Mapping[str, Any], optimizer: Any, frozen_masters: Mapping[str, FlatShard]) -> None:
+    """Masters to the parameters of all ranks. Of a frozen one each rank has a part: rounded, they are gathered."""
+    optimizer.update_lp_params()
+    world_size = dist.get_world_size()
+    for name, shard in frozen_masters.items():
+        whole = parameters[name].detach().view(-1)
+        longest = -(-whole.numel() // world_size)
+        part, parts = whole.new_zeros(longest), whole.new_empty(world_size * longest)
+        part[: shard.values.numel()] = shard.values.to(whole.device, whole.dtype)
+        # As bytes: not every backend knows every 16-bit type.
+        dist.all_gather_into_tensor(parts.view(torch.uint8), part.view(torch.uint8))
+        for rank, values in enumerate(parts.view(world_size, longest)):
+            place = cut(whole.numel(), world_size, rank)
+            whole[place] = values[: place.stop - place.start]
+
+
+def _stage3_state(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> Iterator[FlatShard]:
     """ZeRO-3: rank r owns [r*k, (r+1)*k) of each flattened parameter; what lies beyond its end is padding.
 
     A sub-group that is kept on NVMe is read before its shards are handed out and written back after.
     """
-    for name, parameter in parameters.items():
-        if not parameter.requires_grad:
-            yield _stage3_shard(name, "master", parameter, _partition(parameter))
     names = {id(parameter): name for name, parameter in parameters.items()}
     for index, members in enumerate(optimizer.fp16_groups):
         with _swapped_in(optimizer, index):
-            flat = optimizer.fp32_partitioned_groups_flat[index]
-            for kind, values in {"master": flat, **_moments(optimizer, flat)}.items():
+            flat = _flats(optimizer)[index]
+            for kind, values in {"master": flat, **moments(optimizer.optimizer, flat)}.items():
                 for parameter in members:
                     _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
                     part = values.detach().narrow(0, offset, length)
                     yield _stage3_shard(names[id(parameter)], kind, parameter, part)
 
 
-def _partition(parameter: Any) -> Tensor:
-    return parameter.ds_tensor.detach().view(-1)
+@torch.no_grad()
+def _refresh_stage3(parameters: Mapping[str, Any], optimizer: Any, frozen_masters: Mapping[str, FlatShard]) -> None:
+    """Masters to shards, to the second shards of hpZ, to the small parameters that stay gathered."""
+    for index in range(len(optimizer.fp16_groups)):
+        with _swapped_in(optimizer, index):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+    for name, shard in frozen_masters.items():
+        with _partition(parameters[name]) as part:
+            part[: shard.values.numel()].copy_(shard.values)
+    for parameter in parameters.values():
+        # hpZ: the next gathering makes them anew. DeepSpeed itself takes those of frozen parameters to last for ever.
+        parameter.ds_secondary_tensor = None
+    optimizer.checkpoint_event_epilogue()  # gathers the persistent ones
+
+
+@contextlib.contextmanager
+def _partition(parameter: Any) -> Iterator[Tensor]:
+    """This rank's shard [padded] of a parameter at stage 3; from NVMe and back where it is kept there."""
+    swapped = parameter.ds_tensor.status.name == "NOT_AVAILABLE"
+    if swapped:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    try:
+        yield parameter.ds_tensor.detach().view(-1)
+    finally:
+        if swapped:
+            parameter.nvme_swapper.swap_out_and_release([parameter])
 
 
 def _stage3_shard(name: str, kind: str, parameter: Any, part: Tensor) -> FlatShard:
@@ -226,9 +317,14 @@ def _stage3_shard(name: str, kind: str, parameter: Any, part: Tensor) -> FlatSha
     return FlatShard(name, kind, parameter.ds_numel, min(start, parameter.ds_numel), part[:kept])
 
 
+def _on_host(shard: FlatShard) -> FlatShard:
+    return replace(shard, values=shard.values.to("cpu", torch.float32, copy=True))
+
+
 @contextlib.contextmanager
 def _swapped_in(optimizer: Any, index: int) -> Iterator[None]:
-    swapped = optimizer._swappable_optimizer_subgroup(index)
+    """Around use of a sub-group of stage 3 that may be on NVMe; elsewhere it does nothing."""
+    swapped = hasattr(optimizer, "_swappable_optimizer_subgroup") and optimizer._swappable_optimizer_subgroup(index)
     if swapped:
         optimizer._optimizer_states_and_gradient_swap_in(index)
     try:

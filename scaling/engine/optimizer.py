@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scaling.groups import Group
 from scaling.spec.sections import AdamW
@@ -25,6 +25,41 @@ def build_adamw(parameters: Mapping[str, nn.Parameter], groups: Sequence[Group],
         if not group.frozen
     ]
     return torch.optim.AdamW(live, eps=spec.eps, fused=True)
+
+
+def make_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Give `parameter` the state that fused AdamW makes at its first step, of zeros, unless it has it."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The moments of `parameter` by kind, as far as they exist."""
+    state = optimizer.state.get(parameter, {})
+    return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
+
+
+def updates(optimizer: torch.optim.Optimizer) -> float:
+    """How many steps AdamW has applied; refused ones do not count."""
+    steps = _steps(optimizer)
+    if not steps:
+        return 0.0
+    distinct = torch.stack(steps).unique().tolist()
+    assert len(distinct) == 1, f"parameters differ in the number of their updates: {distinct}"
+    return distinct[0]
+
+
+def set_updates(optimizer: torch.optim.Optimizer, number: float) -> None:
+    """Set what `updates` reads, and with it the bias correction of the next step."""
+    for step in _steps(optimizer):
+        step.fill_(number)
+
+
+def _steps(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [state["step"] for state in optimizer.state.values() if "step" in state]
 
 
 def check_live_groups(groups: Sequence[Group], live: Sequence[dict[str, Any]], live_names: Sequence[list[str]]) -> None:

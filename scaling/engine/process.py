@@ -6,14 +6,17 @@ import gc
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from scaling.errors import UserError
+
+T = TypeVar("T")
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """A collective that takes longer has lost a rank. torch's own 30 minutes hide a hang for half an hour."""
@@ -48,6 +51,22 @@ class Process:
         everyone: list[object] = [None] * self.world_size
         dist.all_gather_object(everyone, value)
         return everyone
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns on rank 0, there; None elsewhere. Its UserError is raised on all; a collective call."""
+        result, problem = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as error:
+                error.shared = True
+                problem = error
+        problem = self.gather_objects(problem)[0]
+        if problem is not None:
+            assert isinstance(problem, UserError)
+            problem.shared = True
+            raise problem
+        return result
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What the loop may ask of a backend."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class FlatShard:
-    """A contiguous range of one flattened tensor that this rank owns."""
+    """A contiguous range of one flattened tensor that this rank holds."""
 
     name: str
     """Canonical name of the parameter."""
@@ -21,7 +21,21 @@ class FlatShard:
     start: int
     """Where the range begins in the flattened tensor."""
     values: Tensor
-    """The live values [range], not a copy: writing to them changes the training state."""
+    """The live values [range], not a copy: writing to them changes the training state (see `Engine.loading`)."""
+    copies: int = 1
+    """How many ranks hold this very range, with equal values."""
+    copy: int = 0
+    """Which of them this rank is."""
+
+    def own(self) -> "FlatShard":
+        """The part of the range that this rank is to write: over all ranks, every element comes exactly once."""
+        part = cut(self.values.numel(), self.copies, self.copy)
+        return replace(self, start=self.start + part.start, values=self.values[part], copies=1, copy=0)
+
+
+def cut(elements: int, parts: int, index: int) -> slice:
+    """The `index`-th of `parts` consecutive parts of `elements`, as equal as can be; of few, some are empty."""
+    return slice(elements * index // parts, elements * (index + 1) // parts)
 
 
 class Engine(Protocol):
@@ -63,7 +77,29 @@ class Engine(Protocol):
         ...
 
     def state(self) -> Iterator[FlatShard]:
-        """The ranges of master weights and moments that this rank owns; every element of the model is owned once."""
+        """Every range that this rank holds: fp32 masters of all parameters, moments of the trained ones if they exist.
+
+        Replicas are among them (`FlatShard.own` says who writes what). Shards that are kept on NVMe are in memory only
+        until the next one is asked for: use each before going on.
+        """
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """What the training state counts besides tensors, the same on every rank.
+
+        "updates": steps that Adam applied. In fp16 also "loss_scale", and "finite_steps": steps in a row that were
+        finite, since the last that was not or since the start.
+        """
+        ...
+
+    def loading(self, counters: Mapping[str, float]) -> AbstractContextManager[None]:
+        """In its body, write to the values that `state` yields; a collective call, between steps.
+
+        On entry moments that do not exist yet are made, of zeros, so that `state` has all of them. On exit the counters
+        are set ("updates" must be there, others stay as they are where absent), and what is derived from the masters
+        follows them: copies for computing, whether sharded, gathered, on the host or on NVMe. With zero moments and
+        no updates the optimizer is a fresh one. After an error in the body the engine is of no more use.
+        """
         ...
 
     def close(self) -> None:

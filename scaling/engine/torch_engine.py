@@ -6,7 +6,7 @@ so none of them costs a pass over the gradients or waits for the device.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from scaling.engine.blocks import prepare_blocks
-from scaling.engine.optimizer import build_adamw
+from scaling.engine.optimizer import build_adamw, make_moments, moments, set_updates, updates
 from scaling.engine.precision import compute_in
 from scaling.engine.process import Process
 from scaling.engine.protocol import FlatShard
@@ -130,19 +130,29 @@ class TorchEngine:
     def state(self) -> Iterator[FlatShard]:
         for name, parameter in self._parameters.items():
             local = self._local[name]
-            start = _flat_start(parameter)
-            if start is None:
-                continue
-            tensors = {"master": local.detach(), **self._moments(local)}
+            start, copies, copy = _place(parameter)
+            tensors = {"master": local.detach(), **moments(self._optimizer, local)}
             for kind, values in tensors.items():
-                yield FlatShard(name, kind, parameter.numel(), start, values.reshape(-1))
+                # `view`, not `reshape`: a copy would lose what is written to it.
+                yield FlatShard(name, kind, parameter.numel(), start, values.view(-1), copies, copy)
+
+    def counters(self) -> dict[str, float]:
+        return {"updates": updates(self._optimizer)} | (self._scaler.counters() if self._scaler else {})
+
+    @contextlib.contextmanager
+    def loading(self, counters: Mapping[str, float]) -> Iterator[None]:
+        for name in self._trainable:
+            make_moments(self._optimizer, self._local[name])
+        yield
+        set_updates(self._optimizer, counters["updates"])
+        if self._scaler:
+            self._scaler.load(counters)
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves parameters gathered, with their values of that time
 
     def close(self) -> None:
         self._optimizer.state.clear()
-
-    def _moments(self, local: nn.Parameter) -> dict[str, Tensor]:
-        state = self._optimizer.state.get(local, {})
-        return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
 
     def _take_gradients(self) -> list[Tensor]:
         """Hand each local shard the gradient of its shard; returns those with any element."""
@@ -222,19 +232,18 @@ def _local_shard(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad)
 
 
-def _flat_start(parameter: nn.Parameter) -> int | None:
-    """Where this rank's range begins in the flattened parameter; None where another rank owns it.
+def _place(parameter: nn.Parameter) -> tuple[int, int, int]:
+    """Where this rank's range begins in the flattened parameter, how many ranks hold it, and which of them this is.
 
-    FSDP2 cuts along dim 0 like torch.chunk; replicas of rank 0's shard group own nothing.
+    FSDP2 cuts along dim 0 like torch.chunk.
     """
     if not isinstance(parameter, DTensor):
-        return 0 if dist.get_rank() == 0 else None
+        return 0, dist.get_world_size(), dist.get_rank()
     mesh = parameter.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    if mesh.ndim == 2 and coordinate[0] != 0:
-        return None
     size, rest = divmod(parameter.shape[0], mesh.size(mesh.ndim - 1))
     rows = size + (rest > 0)
     row = min(rows * coordinate[-1], parameter.shape[0])
-    return row * (parameter.numel() // max(1, parameter.shape[0]))  # exact: whole rows
+    start = row * (parameter.numel() // max(1, parameter.shape[0]))  # exact: whole rows
+    return (start, mesh.size(0), coordinate[0]) if mesh.ndim == 2 else (start, 1, 0)

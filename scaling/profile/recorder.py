@@ -1,7 +1,8 @@
 """Turns the results of steps into records, without making the device wait.
 
 A step's results are copied to the host behind it and read after the next step has been launched, so a GPU never idles
-for them; a step that was not finite is therefore reported one step late. It has changed nothing (see Engine.step).
+for them; what a step found is therefore known one step late on a GPU, and at once on a CPU. A step that was not finite
+has changed nothing meanwhile (see Engine.step).
 """
 
 import contextlib
@@ -14,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scaling.errors import NonFinite
 from scaling.profile.clock import Clock, Lap
 from scaling.profile.memory import MemoryMonitor
 from scaling.profile.nvml import DeviceMonitor
 from scaling.profile.sinks import Sink
-from scaling.records import BatchPlan, StepRecord, ValidationRecord
+from scaling.records import BatchPlan, Progress, StepRecord, ValidationRecord
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,39 @@ class StepResult:
     """Global 2-norm before clipping; scalar."""
     bad_ranks: Tensor
     """1 where that rank's own loss was not finite; [world_size]."""
+    requests: Tensor
+    """How many ranks were asked to stop, and how many cannot save; [2]."""
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A step whose results have arrived on the host; the same on every rank."""
+
+    step: int
+    first_sample: int
+    loss: float
+    grad_norm: float
+    bad_ranks: list[int]
+    refused: bool
+    """The update was not applied on any rank, since the gradient was not finite."""
+    loss_scale: float
+    stop: bool
+    """Some rank was asked to stop."""
+    save_failed: bool
+    """Some rank cannot save, for a reason that will not pass."""
+
+    @property
+    def scaled_too_far(self) -> bool:
+        """Refused as fp16's loss scale is found: the loss was finite, and the scale goes down."""
+        return self.refused and math.isfinite(self.loss) and self.loss_scale > 1
 
 
 @dataclass(frozen=True)
 class _Flight:
     """A step whose results are under way to the host."""
 
-    step: int
+    progress: Progress
+    first_sample: int
     lr: dict[str, float]
     loss_scale: float
     lap: Lap
@@ -56,6 +82,7 @@ class Recorder:
         device: torch.device,
         *,
         interval: int,
+        first_step: int,
         last_step: int,
         flops_per_token: float,
         peak_flops: float | None,
@@ -75,15 +102,25 @@ class Recorder:
         self._window_steps = 0
         self._paused_s = 0.0
         for sink in sinks:
-            sink.begin(last_step)
+            sink.begin(first_step, last_step)
 
-    def step(self, step: int, result: StepResult, *, lr: dict[str, float], loss_scale: float) -> None:
-        """Take note of step `step` (the first is 1). Raises NonFinite, on all ranks alike, for it or the one before."""
-        values, arrived = self._send(torch.cat((torch.stack((result.loss, result.grad_norm)), result.bad_ranks)))
-        self._flights.append(_Flight(step, lr, loss_scale, self.clock.lap(), values, arrived))
-        last = step == self._last_step
-        while self._flights and (last or arrived is None or len(self._flights) > 1):
-            self._land(self._flights.popleft())
+    def step(
+        self, progress: Progress, first_sample: int, result: StepResult, *, lr: dict[str, float], loss_scale: float
+    ) -> list[Landed]:
+        """Take note of the step that led to `progress`; returns the steps whose results have arrived since."""
+        both = torch.stack((result.loss, result.grad_norm))
+        values, arrived = self._send(torch.cat((both, result.requests, result.bad_ranks)))
+        self._flights.append(_Flight(progress, first_sample, lr, loss_scale, self.clock.lap(), values, arrived))
+        wait = progress.step == self._last_step or arrived is None
+        return [self._land(self._flights.popleft()) for _ in range(len(self._flights) - (0 if wait else 1))]
+
+    def drain(self) -> list[Landed]:
+        """The steps whose results are still under way; waits for the device."""
+        return [self._land(self._flights.popleft()) for _ in range(len(self._flights))]
+
+    def forget(self) -> None:
+        """Drop what is under way: the run goes back to an earlier step."""
+        self._flights.clear()
 
     def validation(self, record: ValidationRecord) -> None:
         """Write the result of a validation."""
@@ -93,8 +130,6 @@ class Recorder:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Leave what is inside out of the speed of training."""
-        while self._flights:
-            self._land(self._flights.popleft())
         began = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - began
@@ -113,22 +148,30 @@ class Recorder:
         arrived.record()
         return host, arrived
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: _Flight) -> Landed:
         if flight.arrived is not None:
             flight.arrived.synchronize()  # of an earlier step: the device has the next one to work on
-        loss, norm, *bad = flight.values.tolist()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        skipped = not finite and math.isfinite(loss) and flight.loss_scale > 1
-        if not finite and not skipped:
-            ranks = [rank for rank, flag in enumerate(bad) if flag]
-            raise NonFinite(_blame(flight.step, loss, norm, ranks), step=flight.step, rank=ranks[0] if ranks else None)
+        loss, norm, stop, save_failed, *bad = flight.values.tolist()
+        step = flight.progress.step
+        landed = Landed(
+            step,
+            flight.first_sample,
+            loss,
+            norm,
+            [rank for rank, flag in enumerate(bad) if flag],
+            not math.isfinite(norm),
+            flight.loss_scale,
+            stop > 0,
+            save_failed > 0,
+        )
         self._window_steps += 1
-        if flight.step % self._interval == 0 or flight.step == self._last_step or skipped:
-            record = self._record(flight, loss, norm, skipped)
+        if step % self._interval == 0 or step == self._last_step or landed.refused:
+            record = self._record(flight, landed)
             for sink in self._sinks:
                 sink.step(record)
+        return landed
 
-    def _record(self, flight: _Flight, loss: float, norm: float, skipped: bool) -> StepRecord:
+    def _record(self, flight: _Flight, landed: Landed) -> StepRecord:
         now = time.perf_counter()
         seconds = (now - self._window_began - self._paused_s) / self._window_steps
         self._window_began, self._window_steps, self._paused_s = now, 0, 0.0
@@ -139,12 +182,12 @@ class Recorder:
         memory = self._memory.read()
         phases = flight.lap.seconds()
         return StepRecord(
-            step=flight.step,
-            loss=loss,
-            grad_norm=norm,
+            step=landed.step,
+            loss=landed.loss,
+            grad_norm=landed.grad_norm,
             lr=flight.lr,
-            tokens=flight.step * plan.global_tokens,
-            samples_seen=flight.step * plan.global_batch,
+            tokens=flight.progress.tokens,
+            samples_seen=flight.progress.samples,
             step_seconds=seconds,
             tokens_per_second=speed,
             tokens_per_second_per_device=per_device,
@@ -152,21 +195,11 @@ class Recorder:
             memory={**memory, "device_used_bytes": _whole(device.pop("used_bytes"))},
             time={**phases, "communication": None, "other": max(0.0, seconds - sum(phases.values()))},
             device=device,
-            skipped=skipped,
+            skipped=landed.refused,
+            first_sample=landed.first_sample,
+            bad_ranks=landed.bad_ranks,
         )
 
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
-
-
-def _blame(step: int, loss: float, norm: float, bad: list[int]) -> str:
-    if bad:
-        ranks = f"rank{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))}"
-        found = f"the loss of {ranks} is not finite (over all ranks it is {loss})"
-    else:
-        found = f"the gradient is not finite (norm {norm}) although the loss of every rank is ({loss:.6g})"
-    return (
-        f"`loss` and gradient must be finite, but at step {step} {found}; the update was not applied. "
-        "Lower `optimizer.lr`, lengthen `schedule.warmup_steps`, or look at the samples of that step"
-    )

@@ -18,20 +18,24 @@ logger = logging.getLogger("scaling")
 class Sink(Protocol):
     """A place that records are written to."""
 
-    def begin(self, last_step: int) -> None: ...
+    def begin(self, first_step: int, last_step: int) -> None: ...
     def step(self, record: StepRecord) -> None: ...
     def validation(self, record: ValidationRecord) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """metrics.jsonl and validation.jsonl, each record on the disk before the next step ends."""
+    """metrics.jsonl and validation.jsonl, each record in its file before the next step ends.
+
+    While the disk is full, records wait in memory for a place; closing raises StorageError for those still waiting.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = {name: (folder / name).open("a", encoding="utf-8") for name in (METRICS, VALIDATION)}
+        self._files = {name: (folder / name).open("ab", buffering=0) for name in (METRICS, VALIDATION)}
+        self._waiting: dict[str, bytes] = dict.fromkeys(self._files, b"")
 
-    def begin(self, last_step: int) -> None:
+    def begin(self, first_step: int, last_step: int) -> None:
         pass
 
     def step(self, record: StepRecord) -> None:
@@ -41,29 +45,42 @@ class JsonLines:
         self._write(VALIDATION, record)
 
     def close(self) -> None:
+        lost = [name for name in self._files if self._write_out(name)]
         for file in self._files.values():
             file.close()
+        if lost:
+            raise StorageError(f"the run folder must have room, but {self._folder / lost[0]} is not whole; free some")
 
     def _write(self, name: str, record: Any) -> None:
+        line = json.dumps(strict(dataclasses.asdict(record)), allow_nan=False) + "\n"
+        waited = bool(self._waiting[name])
+        self._waiting[name] += line.encode()
+        problem = self._write_out(name)
+        if problem and not waited:
+            logger.warning(f"WARNING: {self._folder / name}: {problem}; records wait in memory for room")
+
+    def _write_out(self, name: str) -> str | None:
+        """Write what waits; returns what went wrong."""
         try:
-            self._files[name].write(json.dumps(strict(dataclasses.asdict(record)), allow_nan=False) + "\n")
-            self._files[name].flush()
+            while self._waiting[name]:  # a full disk takes a part of a line before it takes none
+                self._waiting[name] = self._waiting[name][self._files[name].write(self._waiting[name]) :]
         except OSError as error:
-            raise StorageError(
-                f"the run folder must have room, but {self._folder / name} failed ({error.strerror}); free some"
-            ) from None
+            return error.strerror
+        return None
 
 
 class TensorBoard:
     """Event files in the run folder."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def begin(self, first_step: int, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not everyone wants it
 
-        self._writer = SummaryWriter(str(folder))
-
-    def begin(self, last_step: int) -> None:
-        pass
+        # What an earlier start of this run wrote beyond the checkpoint is shown no longer.
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_step + 1 if first_step else None)
 
     def step(self, record: StepRecord) -> None:
         scalars: dict[str, float | None] = {
@@ -95,10 +112,10 @@ class Terminal:
         self._last_step = 0
         self._bar: Any = None
 
-    def begin(self, last_step: int) -> None:
+    def begin(self, first_step: int, last_step: int) -> None:
         self._last_step = last_step
         if sys.stdout.isatty():
-            self._bar = _progress_bar(last_step)
+            self._bar = _progress_bar(first_step, last_step)
 
     def step(self, record: StepRecord) -> None:
         memory = record.memory["allocated_peak_bytes"] or record.memory["host_rss_bytes"]
@@ -113,7 +130,7 @@ class Terminal:
             *([f"MFU {record.mfu:.1%}"] if record.mfu is not None else []),
             *([format_bytes(memory)] if memory is not None else []),
             f"{format_seconds(left)} left",
-            *(["SKIPPED: gradient not finite, loss scale halved"] if record.skipped else []),
+            *(["REFUSED: not finite, nothing was updated"] if record.skipped else []),
         ]
         logger.info("  ".join(parts))
         if self._bar is not None:
@@ -139,7 +156,7 @@ class Memory:
         self.steps: list[StepRecord] = []
         self.validations: list[ValidationRecord] = []
 
-    def begin(self, last_step: int) -> None:
+    def begin(self, first_step: int, last_step: int) -> None:
         pass
 
     def step(self, record: StepRecord) -> None:
@@ -152,10 +169,10 @@ class Memory:
         pass
 
 
-def _progress_bar(last_step: int) -> Any:
+def _progress_bar(first_step: int, last_step: int) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
-    bar.add_task("training", total=last_step)
+    bar.add_task("training", total=last_step, completed=first_step)
     bar.start()
     return bar

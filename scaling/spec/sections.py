@@ -417,6 +417,24 @@ class Validation(Section):
     """Size of the fixed validation set, in global batches, as far as the data have that many samples."""
 
 
+class Checkpoint(Section):
+    """When the state of training is saved, and which of the saved states are kept."""
+
+    interval: Count = 1000
+    """Optimizer steps between two checkpoints; one more follows the last step."""
+    keep_last: Annotated[int, Field(ge=1, le=2**20)] | None = 5
+    """Checkpoints kept, the newest ones; null keeps all. Two or more leave another where the newest is damaged."""
+    permanent: Annotated[list[Count], Field(max_length=10_000)] = []
+    """Steps that are saved, and kept for ever."""
+    best: bool = True
+    """Save after each validation that is better than all before, and keep it: checkpoints/best names it."""
+    asynchronous: bool = True
+    """Write in the background, from a copy of the state in host memory; false makes training wait."""
+    restart_limit: Annotated[int, Field(ge=1, le=2**20)] | None = 3
+    """A run that is started again this many times after a failure, with no newer checkpoint in between, ends with exit
+    code 7; null lets it try for ever."""
+
+
 class Profile(Section):
     """What is recorded while training."""
 
@@ -464,8 +482,19 @@ class Spec(Section):
     """Passes over the training samples, in place of max_steps; the number of steps is rounded down."""
     max_grad_norm: Positive | None = 1.0
     """Gradients are scaled down to this global 2-norm; null leaves them."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What follows a loss or gradient that is not finite on some rank; its update is applied on none. stop: the run
+    ends with exit code 4; skip: it goes on with the next batch; rollback: it goes back to the last checkpoint, and
+    passes over that batch when it comes there again."""
+    nonfinite_limit: Count = 5
+    """skip and rollback end the run, as stop does, at more than this many such steps in a row."""
+    initialize_from: Text | None = None
+    """Weights to start from, with a fresh optimizer and at step 0: a checkpoint or a run folder of this project, or a
+    Hugging Face folder or file of safetensors. A run that has a checkpoint of its own goes on from that instead."""
     validation: Validation | None = None
     """Null: no validation."""
+    checkpoint: Checkpoint | None = Checkpoint()
+    """Null: nothing is saved."""
     profile: Profile = Profile()
     tracking: Tracking = Tracking()
 
@@ -493,6 +522,8 @@ class Spec(Section):
                 '`model.vocab_size` must be at least 256 for the tokenizer "bytes", '
                 f"but is {self.model.vocab_size}; set it to 256"
             )
+        if self.on_nonfinite == "rollback" and self.checkpoint is None:
+            yield '`on_nonfinite` must be "stop" or "skip" where nothing is saved, but is "rollback"; set `checkpoint`'
         names = [group.name for group in self.param_groups]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
             yield f"`param_groups` must have distinct names, but {name!r} stands more than once; rename one"

@@ -1,0 +1,203 @@
+"""When a run saves, and what it keeps: the checkpoints of one run, as the loop sees them."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from scaling.checkpoint.format import FORMAT_VERSION, SPEC, STATE, Reader, unusable
+from scaling.checkpoint.resume import newest_whole
+from scaling.checkpoint.saver import Outcome, Saver
+from scaling.checkpoint.store import BEST, Store, free_bytes, step_name
+from scaling.engine.process import Process
+from scaling.engine.protocol import Engine
+from scaling.errors import StorageError
+from scaling.records import Progress
+from scaling.spec.sections import Checkpoint
+from scaling.units import format_bytes, format_seconds
+
+logger = logging.getLogger("scaling")
+
+
+class Keeper(Protocol):
+    """What the loop may ask of the checkpoints of its run. Every rank calls it alike."""
+
+    failed: bool
+    """A save failed on this rank for a reason that will not pass; `check` on every rank then raises it."""
+
+    def due(self, step: int) -> bool: ...
+    def save(self, engine: Engine, progress: Progress) -> None: ...
+    def poll(self) -> None: ...
+    def check(self) -> None: ...
+    def finish(self) -> None: ...
+
+
+class NoCheckpoints:
+    """Keeps nothing: for runs whose spec says so, and for comparisons."""
+
+    failed = False
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        pass
+
+    def poll(self) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def go_back(self, engine: Engine) -> Progress:
+        raise AssertionError("the spec refuses to go back where nothing is saved")
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, store: Store, settings: Checkpoint, process: Process, identity: Mapping[str, Any]) -> None:
+        self.failed = False
+        self._store = store
+        self._settings = settings
+        self._process = process
+        self._identity = dict(identity)
+        self._saver = Saver(store, process, asynchronous=settings.asynchronous)
+        self._saved: int | None = None
+        """The last step that a save was begun for."""
+        self._problem: Outcome | None = None
+        """How the last save failed, if it did."""
+
+    def reserve(self, engine: Engine) -> None:
+        """Take the host memory that saves need, and say at once where the disk has no room for one."""
+        if self._settings.asynchronous:
+            size = self._saver.reserve(engine.state())
+        else:
+            size = sum(shard.own().values.nbytes for shard in engine.state())
+        total = int(self._process.sum_over_ranks(torch.tensor(float(size), dtype=torch.float64)).item())
+        if self._process.is_main and free_bytes(self._store.folder) < total:
+            logger.warning(
+                f"WARNING: a checkpoint takes {format_bytes(total)}, and {self._store.folder} has "
+                f"{format_bytes(free_bytes(self._store.folder))} free: saving will fail until there is room"
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether the spec asks for a checkpoint after this step."""
+        return step % self._settings.interval == 0 or step in self._settings.permanent
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Save, unless this step is saved already; in the background if the spec says so."""
+        if self._saved == progress.step:
+            return
+        self._take(self._saver.wait())
+        self._saved = progress.step
+        documents = self._documents(engine, progress) if self._process.is_main else {}
+        self._saver.save(progress.step, engine.state(), documents, lambda: self._after(progress))
+        if not self._settings.asynchronous:
+            self._take(self._saver.wait())
+
+    def poll(self) -> None:
+        """Take note of a save that has ended since."""
+        self._take(self._saver.poll())
+
+    def check(self) -> None:
+        """Raise what made a save fail, if that was no lack of room. For all ranks at once, when one has `failed`."""
+        self._take(self._saver.wait())
+        if self._problem is not None and not self._problem.storage:
+            raise RuntimeError(f"saving the checkpoint of step {self._problem.step} failed: {self._problem.problem}")
+
+    def finish(self) -> None:
+        """Wait for the save under way. StorageError where the last one failed: the end of the run would be lost."""
+        self.check()
+        if self._problem is not None:
+            steps = self._store.steps()
+            kept = f"the newest is {self._store.path(steps[-1])}" if steps else "there is no earlier one"
+            raise StorageError(
+                f"`--run-dir` must have room for the last checkpoint, but saving step {self._problem.step} failed "
+                f"({self._problem.problem}); {kept}: make room and run the same command again"
+            )
+
+    def go_back(self, engine: Engine) -> Progress:
+        """Restore the newest whole checkpoint of this run."""
+        self._take(self._saver.wait())
+        folder = newest_whole(self._store, self._process)
+        assert folder is not None, "there is one from the start on"
+        progress = restore(engine, folder)
+        self._saved = progress.step
+        return progress
+
+    def close(self) -> None:
+        """Let the save under way end, whatever comes of it."""
+        self._take(self._saver.wait())
+
+    def _take(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        self._problem = outcome if outcome.problem else None
+        self.failed = outcome.problem is not None and not outcome.storage
+        if not self._process.is_main:
+            return
+        if outcome.problem:
+            logger.warning(
+                f"WARNING: NO CHECKPOINT OF STEP {outcome.step}: {outcome.problem}. Earlier ones are untouched; "
+                "training goes on and tries again at the next interval"
+            )
+        else:
+            logger.info(
+                f"checkpoint {step_name(outcome.step)}: {format_bytes(outcome.bytes)} "
+                f"in {format_seconds(outcome.seconds)}"
+            )
+
+    def _documents(self, engine: Engine, progress: Progress) -> dict[str, str]:
+        state = {
+            "format_version": FORMAT_VERSION,
+            "step": progress.step,
+            "samples_seen": progress.samples,
+            "tokens_seen": progress.tokens,
+            "skipped": list(progress.skipped),
+            "best": None if progress.best is None else {"step": progress.best[0], "loss": progress.best[1]},
+            "counters": engine.counters(),
+            "time": time.time(),
+            **{name: value for name, value in self._identity.items() if name != "spec"},
+        }
+        return {
+            STATE: json.dumps(state, indent=1) + "\n",
+            SPEC: json.dumps(self._identity["spec"], indent=2) + "\n",
+        }
+
+    def _after(self, progress: Progress) -> None:
+        """On rank 0, once the checkpoint is whole."""
+        if progress.best is not None and progress.best[0] == progress.step:
+            self._store.point(BEST, progress.step)
+        self._store.retire(self._settings.keep_last, self._settings.permanent)
+
+
+def restore(engine: Engine, folder: Path) -> Progress:
+    """Put the state in `folder`, verified before, into the engine; every rank reads the ranges it holds."""
+    reader = Reader(folder)
+    state = reader.state
+    with engine.loading(state["counters"]):
+        for shard in engine.state():
+            key = f"{shard.kind}/{shard.name}"
+            if reader.elements.get(key) != shard.elements:
+                raise unusable(folder, f"{shard.elements} elements of {key}", f"it has {reader.elements.get(key)}")
+            shard.values.copy_(reader.read(key, shard.start, shard.values.numel()))
+    reader.close()
+    best = state["best"]
+    return Progress(
+        step=state["step"],
+        samples=state["samples_seen"],
+        tokens=state["tokens_seen"],
+        skipped=tuple(state["skipped"]),
+        best=None if best is None else (best["step"], best["loss"]),
+    )

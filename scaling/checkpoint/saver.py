@@ -1,0 +1,238 @@
+"""Writing checkpoints while training goes on.
+
+`save` copies the state to host memory and returns; a thread writes the copy. The ranks agree over a process group of
+their own, since the collectives of two threads on one group would meet each other, and never is more than one save
+under way. What the thread finds comes out of `poll` and `wait`, on every rank alike: it raises nothing itself.
+"""
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from scaling.checkpoint.format import CHUNK_BYTES, HashingFiles, Pieces, write_tensors
+from scaling.checkpoint.store import FileRecord, Store, free_bytes, write_synced
+from scaling.engine.process import Process
+from scaling.engine.protocol import FlatShard
+from scaling.units import format_bytes
+
+T = TypeVar("T")
+
+_SLACK_BYTES = 4 << 20
+"""Room wanted beyond the tensors: the index, the JSON files and the blocks of the file system."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended."""
+
+    step: int
+    bytes: int
+    """Of the tensors, over all ranks."""
+    seconds: float
+    problem: str | None
+    """None: the checkpoint is whole."""
+    storage: bool = False
+    """The problem is one of storage (full, read-only, gone), which may pass."""
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time. Every rank calls it alike."""
+
+    def __init__(self, store: Store, process: Process, *, asynchronous: bool) -> None:
+        self._store = store
+        self._process = process
+        self._asynchronous = asynchronous
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup), "all ranks are in it"
+        self._group = group
+        self._staging = _Staging(pinned=process.device.type == "cuda")
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+
+    def reserve(self, state: Iterable[FlatShard]) -> int:
+        """Take the host memory that saves will need, now rather than at the first; returns the bytes of this rank."""
+        return self._staging.copy(state)[1]
+
+    def save(self, step: int, state: Iterable[FlatShard], documents: Mapping[str, str], after: Callable[[], None]):
+        """Write `state` and the `documents` (file name -> text) as the checkpoint of `step`.
+
+        Returns as soon as the state is copied. `after` runs on rank 0 once the checkpoint is whole. The outcome of the
+        save before must have been taken.
+        """
+        assert self._thread is None and self._outcome is None, "the outcome of the last save was not looked at"
+        pieces, size = self._staging.copy(state)
+
+        def work() -> None:
+            if self._asynchronous:
+                _yield_cores()
+            self._outcome = self._write(step, pieces, size, documents, after)
+
+        if self._asynchronous:
+            self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            work()
+
+    def poll(self) -> Outcome | None:
+        """The outcome of the last save, once, if it has ended."""
+        return None if self._thread is not None and self._thread.is_alive() else self.wait()
+
+    def wait(self) -> Outcome | None:
+        """The outcome of the last save, once; waits for its end."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def _write(
+        self, step: int, pieces: dict[str, Pieces], size: int, documents: Mapping[str, str], after: Callable[[], None]
+    ) -> Outcome:
+        began = time.monotonic()
+        total, folder, problem, storage = size, None, None, False
+        try:
+            total = sum(self._everyone(size))
+            folder = self._begin(step, total)
+            files = self._write_files(folder, pieces)
+            self._publish(step, folder, documents, files, after)
+        except Exception as error:  # a thread has nobody above it: the outcome carries what happened
+            storage = isinstance(error, OSError)
+            problem = _sentence(error)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                problem += f": {format_bytes(total)} are needed, {_free(self._store.folder)} are free"
+            if folder is not None and self._process.is_main:
+                self._store.discard(folder)
+        return Outcome(step, total, time.monotonic() - began, problem, storage)
+
+    def _begin(self, step: int, total: int) -> Path:
+        """Rank 0 looks for room and makes the folder; all raise where it cannot."""
+
+        def begin() -> Path:
+            os.makedirs(self._store.folder, exist_ok=True)
+            if free_bytes(self._store.folder) < total + _SLACK_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self._store.begin(step)
+
+        return self._on_main(begin)
+
+    def _write_files(self, folder: Path, pieces: dict[str, Pieces]) -> dict[str, FileRecord]:
+        files = HashingFiles()
+        try:
+            write_tensors(folder, pieces, files, self._group)
+        except CheckpointException as error:
+            # Raised on all ranks. What DCP passes on is often torch's complaint about the file that broke off; the
+            # reason was seen by our own stream.
+            reasons = self._everyone(files.error)
+            for rank, reason in enumerate(reasons):
+                if reason is not None:
+                    raise OSError(reason.errno, f"{reason.strerror} on rank {rank}", str(folder)) from None
+            raise RuntimeError("; ".join(f"rank {r}: {e[0]!r}" for r, e in error.failures.items())) from None
+        return files.records
+
+    def _publish(
+        self,
+        step: int,
+        folder: Path,
+        documents: Mapping[str, str],
+        files: dict[str, FileRecord],
+        after: Callable[[], None],
+    ) -> None:
+        found = self._everyone(files)
+
+        def publish() -> None:
+            records = {name: record for part in found for name, record in part.items()}
+            for name, text in documents.items():
+                records[name] = write_synced(folder / name, text)
+            self._store.commit(folder, step, records)
+            after()
+
+        self._on_main(publish)
+
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, or the OSError that it raises there, on every rank."""
+        result: T | None = None
+        problem: OSError | None = None
+        if self._process.is_main:
+            try:
+                result = work()
+            except OSError as error:
+                problem = error
+        result, problem = self._everyone((result, problem))[0]
+        if problem is not None:
+            raise problem
+        return result  # pyright: ignore[reportReturnType]
+
+    def _everyone(self, value: T) -> list[T]:
+        values: list[T] = [value] * self._process.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+class _Staging:
+    """Host memory that the state is copied into, kept from one save to the next."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._segments: list[Tensor] = []
+
+    def copy(self, state: Iterable[FlatShard]) -> tuple[dict[str, Pieces], int]:
+        """The parts of `state` that this rank writes, copied; and their bytes."""
+        pieces: dict[str, Pieces] = {}
+        number, room, total = -1, 0, 0
+        for shard in state:
+            own = shard.own()
+            key = f"{own.kind}/{own.name}"
+            found = pieces.setdefault(key, Pieces(own.elements))
+            done, width = 0, own.values.element_size()
+            while done < own.values.numel():
+                if room < width:
+                    number, room = number + 1, CHUNK_BYTES
+                count = min(own.values.numel() - done, room // width)
+                place = CHUNK_BYTES - room
+                memory = self._segment(number).numpy()[place : place + count * width]
+                # Not a view of the segment: of a tensor that is a part of a larger one, DCP makes another copy.
+                copy = torch.frombuffer(memory, dtype=own.values.dtype)
+                copy.copy_(own.values[done : done + count], non_blocking=True)
+                found.ranges[own.start + done] = copy
+                done += count
+                room -= -(-count * width // 8) * 8  # the next begins where any type may
+                total += count * width
+        if self._pinned:
+            torch.cuda.synchronize()
+        return {key: found for key, found in pieces.items() if found.ranges}, total
+
+    def _segment(self, number: int) -> Tensor:
+        # Of one size, a power of two: pinned memory comes in powers of two, and more would be wasted.
+        if number == len(self._segments):
+            self._segments.append(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=self._pinned))
+        return self._segments[number]
+
+
+def _yield_cores() -> None:
+    """Let this thread run where training leaves a core idle: what it does can wait, a step cannot."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"
+
+
+def _free(folder: Path) -> str:
+    try:
+        return format_bytes(free_bytes(folder))
+    except OSError:
+        return "no bytes"
