@@ -58,6 +58,18 @@ class NoProgress(UserError):
     code = 7
 
 
+class Hung(UserError):
+    """A rank showed no sign of life for longer than its phase may take."""
+
+    code = 8
+
+
+class RankDied(UserError):
+    """A rank is gone, and the others cannot go on without it."""
+
+    code = 9
+
+
 class Stopped(UserError):
     """Not a mistake: a signal asked the run to stop, and it has saved."""
 
