@@ -98,7 +98,7 @@ def failure(folder: Path) -> Path:
     ("fault", "said"),
     [
         ("sleep", ("`data` of step 3", "rank 0 waits in all_reduce of [1] Float, the 3rd collective")),
-        ("stop", ("`data` of step 3", "stopped")),
+        ("stop", ("`data` of step 3", "stopped", "rank 0 waits in all_reduce")),
         ("gil", ("`data` of step 3", "GIL", "rank 0 waits in all_reduce")),
         ("miss", ("it waits in all_reduce of [5] Float", "rank 0 waits in all_reduce of [1] Float, the 6th")),
     ],
@@ -197,15 +197,20 @@ def test_a_dead_rank_is_named_and_the_others_end(folder, fault, cause):
         assert "go_wrong" in (failure(folder) / "stacks-rank-1.txt").read_text()
 
 
-@pytest.mark.parametrize("launcher", [torchrun, deepspeed])
-def test_ranks_do_not_outlive_their_launcher(folder, launcher):
-    run = launcher(folder, "forever")
+@pytest.mark.parametrize(
+    ("launcher", "fault"), [(torchrun, "forever"), (torchrun, "unwatched"), (deepspeed, "forever")]
+)
+def test_ranks_do_not_outlive_their_launcher(folder, launcher, fault):
+    run = launcher(folder, fault)
     until(lambda: at_step(folder, 0, 3) and at_step(folder, 1, 3), 90, "third step")
-    assert all(map(alive, pids(folder))) and len(pids(folder)) == 4
+    ranks = pids(folder, ("pid",))
+    assert all(map(alive, ranks)) and len(ranks) == 2
     run.kill()
     run.wait()
     until(lambda: not any(map(alive, pids(folder))), 5, "end of ranks and watchdogs")
-    if launcher is torchrun:
+    if fault == "unwatched":
+        assert not (folder / "exit.json").exists()
+    elif launcher is torchrun:
         assert exit_of(folder)["code"] == 9 and "torchrun died" in exit_of(folder)["reason"]
     else:  # the launcher right above them lived on, and they had the time to save
         assert (folder / "saved-0").exists() and (folder / "saved-1").exists()
@@ -247,6 +252,32 @@ def test_the_second_signal_ends_it_at_once(folder, number):
     until(lambda: (folder / "exit.json").exists(), 3, "exit.json")
     assert exit_of(folder)["code"] == 128 + number
     until(lambda: not any(map(alive, pids(folder))), 3, "end of the watchdog")
+
+
+def test_a_forked_worker_ignores_signals_and_its_owner_does_not_hear_them():
+    program = """
+import os, signal, time
+from scaling.watch.signals import StopRequest
+with StopRequest() as stop:
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    time.sleep(0.2)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(child, number)
+    time.sleep(0.5)
+    print(os.waitpid(child, os.WNOHANG)[0], stop.requested)
+    os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    print(stop.received.name)
+print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, signal.getsignal(signal.SIGINT).__name__)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-u", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.stdout.splitlines() == ["0 False", "9", "SIGTERM", "True default_int_handler"], done.stderr
+    assert done.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def main() -> int:
     watchdog = watch._watchdog
     assert watchdog is not None
     (folder / f"watchdog-{rank}").write_text(str(watchdog.pid))
-    if fault in ("blind", "orphan"):
+    if fault in ("blind", "orphan", "unwatched"):
         watchdog.kill()
     with StopRequest(lambda received: watch.heartbeat.stopping(received)) as stop:
         collective = Collective(distributed)
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def train(folder, fault, rank, watch, stop, collective) -> int:
-    steps = {"forever": 10**6, "orphan": 10**6, "sluggish": 10**6, "slow": 4}.get(fault, STEPS)
+    steps = {"forever": 10**6, "orphan": 10**6, "unwatched": 10**6, "sluggish": 10**6, "slow": 4}.get(fault, STEPS)
     for step in range(1, steps + 1):
         watch.heartbeat.beat("step", step)
         watch.heartbeat.part("data")
@@ -87,8 +87,8 @@ def train(folder, fault, rank, watch, stop, collective) -> int:
             stopping = collective.all_reduce(float(stop.requested))
             if stopping:
                 (folder / f"saved-{rank}").write_text(str(step))
-                while fault == "sluggish":
-                    time.sleep(0.1)
+                if fault == "sluggish":
+                    deadlock(ctypes.CDLL(None))
                 stop.done()
                 return 75
         time.sleep(1.2 if fault == "slow" else 0.05)
@@ -104,13 +104,18 @@ def go_wrong(fault: str) -> None:
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "gil":
-            mutex, libc = ctypes.create_string_buffer(64), ctypes.PyDLL(None)  # unlike CDLL it holds the lock
-            libc.pthread_mutex_lock(mutex)
-            libc.pthread_mutex_lock(mutex)
+            deadlock(ctypes.PyDLL(None))  # unlike CDLL it holds the lock
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "crash":
             ctypes.string_at(0)
+
+
+def deadlock(libc: ctypes.CDLL) -> None:
+    """Wait for ever in C, where signals for Python have no effect."""
+    mutex = ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
 
 
 class Collective:

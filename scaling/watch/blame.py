@@ -68,9 +68,10 @@ class Report(NamedTuple):
 def blame(reports: Sequence[Report], world_size: int) -> tuple[int | None, str]:
     """The rank at fault, or None where none is, and what it does, as the end of a sentence."""
     stopped = [report for report in reports if report.state in ("T", "t")]
-    if stopped:
-        return stopped[0].rank, _does(stopped[0], "its process is stopped, by SIGSTOP or a debugger")
     waiting = [report for report in reports if report.waiting]
+    if stopped:
+        why = "its process is stopped, by SIGSTOP or a debugger"
+        return stopped[0].rank, _does(stopped[0], why) + _others(waiting)
     idle = [report for report in reports if not report.waiting]
     missing = sorted(set(range(world_size)) - {report.rank for report in reports})
     if idle:
