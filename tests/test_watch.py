@@ -242,7 +242,7 @@ def test_the_first_signal_lets_it_save(folder, number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_signal_ends_it_at_once(folder, number):
-    run = single(folder, "sluggish")
+    run = single(folder, "sluggish", '{"step": 60}')
     until(lambda: at_step(folder, 0, 3), 20, "third step")
     run.send_signal(number)
     until(lambda: (folder / "saved-0").exists(), 5, "begin of the save")

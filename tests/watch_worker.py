@@ -50,14 +50,14 @@ def main() -> int:
     watch = Watch(rank, limits, **({"collective": current_collective} if distributed else {}))
     watchdog = watch._watchdog
     assert watchdog is not None
-    (folder / f"watchdog-{rank}").write_text(str(watchdog.pid))
+    (folder / f"watchdog-{rank}").write_text(f"{watchdog.pid}\n")
     if fault in ("blind", "orphan", "unwatched"):
         watchdog.kill()
     with StopRequest(lambda received: watch.heartbeat.stopping(received)) as stop:
         collective = Collective(distributed)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         watch.open(folder, f"attempt-{attempt}", world_size)
-        (folder / f"pid-{rank}").write_text(str(os.getpid()))
+        (folder / f"pid-{rank}").write_text(f"{os.getpid()}\n")
         try:
             code = train(folder, fault, rank, watch, stop, collective)
         except RuntimeError as error:
