@@ -20,6 +20,7 @@ from scaling.profile.recorder import Landed, Recorder, StepResult
 from scaling.records import IGNORED, BatchPlan, Progress, ValidationRecord
 from scaling.schedule import lr_factor
 from scaling.spec.sections import AnySchedule
+from scaling.watch.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def train(
         return any(step.stop for step in landed)
 
     while progress.step < course.last_step:
+        recorder.heartbeat.beat("step", progress.step + 1)
         _seed_step(course.seed, progress.step, process)
         lr = _set_learning_rates(engine.param_groups, lr_factor(course.schedule, progress.step, course.max_steps))
         with recorder.clock.phase("data"):
@@ -89,16 +91,20 @@ def train(
             with recorder.pause():
                 improved = False
                 if validates:
+                    recorder.heartbeat.beat("validation")
                     record = validate(progress.step)
                     recorder.validation(record)
                     improved = progress.best is None or record.loss < progress.best[1]
                     progress = replace(progress, best=(progress.step, record.loss)) if improved else progress
                 if stop or last or keeper.due(progress.step) or (improved and course.save_best):
+                    recorder.heartbeat.beat("save")
                     keeper.save(engine, progress)
         if stop and not last:
             keeper.finish()
             raise Stopped(f"stopped by a signal after step {progress.step}, which is saved", step=progress.step)
+    recorder.heartbeat.beat("save")
     keeper.finish()
+    recorder.heartbeat.beat("closing")
 
 
 def _seed_step(seed: int, step: int, process: Process) -> None:
@@ -140,6 +146,7 @@ def measure_validation(
     objective: Objective,
     batches: Iterator[MicroBatch],
     process: Process,
+    heartbeat: Heartbeat,
     *,
     step: int,
     bytes_per_token: float | None,
@@ -150,6 +157,7 @@ def measure_validation(
     sums = torch.full((2,), 0.0, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
+            heartbeat.part()
             loss = objective(engine.module, _to(batch, process.device))
             # A wait for the device at each batch; validation is a pause anyway.
             sums += torch.tensor([float(loss), float((batch.targets != IGNORED).sum())], dtype=torch.float64)

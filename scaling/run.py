@@ -18,6 +18,7 @@ from scaling.render import render
 from scaling.run_folder import CHECKPOINTS, METRICS, count_start, versions
 from scaling.schedule import check_schedule, lr_scale
 from scaling.spec import Spec
+from scaling.watch.heartbeat import Heartbeat
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
     from scaling.checkpoint.keeper import Checkpoints, NoCheckpoints
@@ -69,12 +70,13 @@ def run(
     *,
     stop_after: int | None = None,
     resume: Resume | None = None,
+    heartbeat: Heartbeat | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> int:
     """Train `job` in this process group, on every rank alike, up to step `stop_after` of its schedule (default: all).
 
-    Returns the number of steps done. Without `resume` nothing is read or saved. Raises UserError and its kin, and
-    torch's OutOfMemoryError.
+    Returns the number of steps done. Without `resume` nothing is read or saved; `heartbeat` hears where in the run it
+    is. Raises UserError and its kin, and torch's OutOfMemoryError.
     """
     from scaling.data.build import build_datasets
     from scaling.engine.build import build_engine
@@ -91,7 +93,7 @@ def run(
     with closing(engine):
         progress = _first_state(engine, start, process)
         with closing(_keeper(job, process, engine, resume, identity)) as keeper:
-            recorder = _recorder(job, process, sinks, progress.step, last_step)
+            recorder = _recorder(job, process, sinks, progress.step, last_step, heartbeat)
             with closing(recorder):
                 _train(
                     job,
@@ -150,7 +152,7 @@ def _train(
         )
         try:
             with closing(batches):
-                validate = _validator(job, process, engine, objective, datasets[1])
+                validate = _validator(job, process, engine, objective, datasets[1], recorder.heartbeat)
                 train(
                     engine,
                     objective,
@@ -173,7 +175,7 @@ def _train(
 
 
 def _validator(
-    job: Job, process: "Process", engine: "Engine", objective: Any, held_out: "Dataset | None"
+    job: Job, process: "Process", engine: "Engine", objective: Any, held_out: "Dataset | None", heartbeat: Heartbeat
 ) -> Callable[[int], ValidationRecord]:
     from scaling.data.loader import validation_batches
     from scaling.loop import measure_validation
@@ -188,13 +190,20 @@ def _validator(
             world_size=process.world_size,
         )
         return measure_validation(
-            engine, objective, share, process, step=step, bytes_per_token=held_out.bytes_per_token
+            engine, objective, share, process, heartbeat, step=step, bytes_per_token=held_out.bytes_per_token
         )
 
     return validate
 
 
-def _recorder(job: Job, process: "Process", sinks: "Sequence[Sink]", first_step: int, last_step: int) -> "Recorder":
+def _recorder(
+    job: Job,
+    process: "Process",
+    sinks: "Sequence[Sink]",
+    first_step: int,
+    last_step: int,
+    heartbeat: Heartbeat | None,
+) -> "Recorder":
     from scaling.profile.recorder import Recorder
 
     return Recorder(
@@ -206,6 +215,7 @@ def _recorder(job: Job, process: "Process", sinks: "Sequence[Sink]", first_step:
         last_step=last_step,
         flops_per_token=_flops_per_token(job),
         peak_flops=_peak_flops(job.spec, process),
+        heartbeat=heartbeat,
     )
 
 

@@ -3,19 +3,24 @@
 import logging
 import os
 import sys
+import time
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from scaling.checkpoint.compare import ORDER
-from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_command
+from scaling.errors import CommandLine, DoesNotFit, RankDied, Stopped, UserError, positive, run_command
 from scaling.groups import empty_groups
 from scaling.run import Job, Resume, device_name, resolve, run
 from scaling.run_folder import RunLock, environment, log_to, open_run_folder, write_exit, write_json
 from scaling.spec import load_spec
 from scaling.view import as_text, batch_line, groups_table
+from scaling.watch.outcome import Outcome
+from scaling.watch.peers import is_lost_peer
+from scaling.watch.signals import StopRequest, die_with_parent
+from scaling.watch.watch import Watch
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
     from scaling.engine.process import Process
@@ -29,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         spec = load_spec(options.spec, options.set)
-        job = resolve(spec, _announced_world_size())
+        job = resolve(spec, _announced("WORLD_SIZE", 1))
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank found the same
             print(error, file=sys.stderr)
@@ -41,41 +46,66 @@ def _train(job: Job, options: Namespace) -> int:
     from scaling.engine.process import process_from_environment
 
     folder = None if options.dry_run else Path(options.run_dir or f"runs/{job.spec.name}")
-    rank, step = 0, None
-    with ExitStack() as held:  # the lock on the run folder goes last, after exit.json
-        opened = False
+    die_with_parent()
+    limits = job.spec.timeouts.model_dump()
+    with (
+        ExitStack() as held,  # the lock on the run folder goes last, after exit.json
+        closing(Watch(_announced("RANK", 0), limits, collective=_collective)) as watch,
+        StopRequest(watch.heartbeat.stopping) as stop,
+    ):
         try:
-            with process_from_environment() as process:
-                rank = process.rank
+            with process_from_environment(max(limits.values()) + _WATCHDOG_FIRST_S) as process:
                 _start_logging(process)
                 if folder is not None:
                     if lock := _open_run_folder(folder, job, process, options.resume):
                         held.enter_context(closing(lock))
-                    opened = True
+                    watch.open(folder, _name_attempt(process), process.world_size)
                 _show(job, process)
-                step = _run_guarded(job, process, folder, options)
-        except UserError as error:
-            speaks = rank == 0 or not error.shared
-            if speaks:
-                print(f"[rank {rank}] {error}" if rank else error, file=sys.stderr)
-            if folder is not None and opened and speaks:
-                at_fault = rank if error.rank is None else error.rank
-                write_exit(folder, code=error.code, reason=str(error), rank=at_fault, step=error.step)
+                try:
+                    step = _run_guarded(job, process, folder, options, watch, stop)
+                finally:
+                    if isinstance(sys.exc_info()[1], Stopped):
+                        stop.done()  # what a launcher sends from now on is its way to end the others
+        except Stopped as error:
+            if watch.rank == 0 and folder is not None:
+                write_exit(folder, code=error.code, reason=str(error), rank=0, step=error.step)
+                print(f"{error}; run the same command again to go on")
             return error.code
+        except UserError as error:
+            return _end(error, watch)
         except Exception as error:  # a bug, of ours or below us: its traceback goes to the terminal and to the log
             logger.exception("the run ended with an error")
-            if folder is not None and opened:
-                write_exit(folder, code=1, reason=f"{type(error).__name__}: {error}", rank=rank, step=None)
+            with suppress(OSError):  # a full disk has no room for exit.json either
+                watch.settle(Outcome(1, f"{type(error).__name__}: {error}", watch.rank, None))
             raise
-        if rank == 0:
+        if watch.rank == 0:
             if folder is not None:
                 write_exit(folder, code=0, reason="done", rank=0, step=step)
             print(f"done: {folder}" if folder else "dry run done: the spec is valid, the model takes a step")
     return 0
 
 
-def _run_guarded(job: Job, process: "Process", folder: Path | None, options: Namespace) -> int:
-    """`run`, with an exhausted memory told as the user's matter."""
+def _end(error: UserError, watch: Watch) -> int:
+    """Say why the run ends, once over all ranks; returns the exit code."""
+    rank = watch.rank
+    if rank and error.shared:
+        return error.code
+    outcome, first = Outcome(error.code, str(error), rank if error.rank is None else error.rank, error.step), True
+    with suppress(OSError):  # a full disk has no room for exit.json either
+        outcome, first = watch.settle(outcome, ask_others=isinstance(error, RankDied))
+    if first:
+        print(f"[rank {rank}] {error}" if rank else error, file=sys.stderr)
+    return outcome.code
+
+
+_WATCHDOG_FIRST_S = 600.0
+"""A collective waits this much longer than a phase may take: the watchdog, which can name the rank, speaks first."""
+
+
+def _run_guarded(
+    job: Job, process: "Process", folder: Path | None, options: Namespace, watch: Watch, stop: StopRequest
+) -> int:
+    """`run`, with an exhausted memory and the death of another rank told as the user's matter."""
     import torch
 
     from scaling.profile.sinks import JsonLines, TensorBoard, Terminal
@@ -84,10 +114,22 @@ def _run_guarded(job: Job, process: "Process", folder: Path | None, options: Nam
     if process.is_main and folder is not None:
         sinks = [JsonLines(folder), Terminal()]
         sinks += [TensorBoard(folder)] if job.spec.tracking.tensorboard else []
-    resume = Resume(folder, options.resume, tuple(options.allow_change)) if folder else None
     try:
-        return run(job, process, sinks, stop_after=options.stop_after if folder else 1, resume=resume)
+        return run(
+            job,
+            process,
+            sinks,
+            stop_after=options.stop_after if folder else 1,
+            resume=Resume(folder, options.resume, tuple(options.allow_change)) if folder else None,
+            heartbeat=watch.heartbeat,
+            stop_requested=lambda: stop.requested,
+        )
     except (torch.OutOfMemoryError, RuntimeError) as error:
+        if is_lost_peer(error):
+            raise RankDied(
+                f"the ranks must live until the run ends, but rank {process.rank} has lost another one in "
+                f"{watch.place}; run the same command again to go on from the newest checkpoint"
+            ) from None
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
         plan = job.plan
@@ -98,9 +140,20 @@ def _run_guarded(job: Job, process: "Process", folder: Path | None, options: Nam
         ) from None
 
 
-def _announced_world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdigit() else 1  # process_from_environment refuses what is no number
+def _collective() -> dict[str, Any]:
+    """Which collective this rank is in; nothing before torch is there (to import it here might wait for the hang)."""
+    module = sys.modules.get("scaling.engine.collectives")
+    return module.current_collective() if module else {}
+
+
+def _name_attempt(process: "Process") -> str:
+    """A name for this start of the run, the same on all ranks."""
+    return str(process.gather_objects(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")[0])
+
+
+def _announced(variable: str, otherwise: int) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdigit() else otherwise  # process_from_environment refuses what is no number
 
 
 def _parser() -> CommandLine:

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaling.engine.collectives import record_collectives
 from scaling.errors import UserError
 
 T = TypeVar("T")
 
-TIMEOUT = datetime.timedelta(minutes=10)
+TIMEOUT_S = 600.0
 """A collective that takes longer has lost a rank. torch's own 30 minutes hide a hang for half an hour."""
 
 
@@ -70,21 +71,26 @@ class Process:
 
 
 @contextlib.contextmanager
-def process_from_environment() -> Iterator[Process]:
-    """Join the process group that torchrun or deepspeed announced in the environment, or be alone in one."""
+def process_from_environment(timeout_s: float = TIMEOUT_S) -> Iterator[Process]:
+    """Join the process group that torchrun or deepspeed announced in the environment, or be alone in one.
+
+    A collective that waits for longer than `timeout_s` raises.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
     rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     local_rank, local_world_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", _integer("LOCAL_SIZE", 0))
     process = Process(rank, world_size, local_rank, local_world_size or world_size, _device(local_rank))
     _share_cores(process)
+    record_collectives()
     # Objects travel over gloo so that gathering a name does not touch the GPU.
     backend = "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo"
     if world_size == 1:
         # torch documents dist.HashStore, but its stubs do not export it.
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         device_id = process.device if process.device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     try:
         yield process
     finally:

@@ -25,7 +25,7 @@ class LossScaler:
         self._finite += 1
 
     def counters(self) -> dict[str, float]:
-        """ "loss_scale" and "finite_steps" of `Engine.counters`."""
+        """What `Engine.counters` says of the scale: "loss_scale" and "finite_steps"."""
         return {"loss_scale": self.scale, "finite_steps": float(self._finite)}
 
     def load(self, counters: Mapping[str, float]) -> None:

@@ -41,6 +41,7 @@ def build_ddp(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups:
     model = _whole_model(spec, rendered, recipe, groups, process)
     # Every rank has filled in the same values by name: broadcasting them again would only cost time.
     wrapped = DistributedDataParallel(model, init_sync=False, **rendered["ddp"])
+    _settle_buckets(wrapped, model)
     return TorchEngine(wrapped, spec, rendered, groups, process)
 
 
@@ -169,6 +170,23 @@ class TorchEngine:
         if self._shard_group is not None:
             dist.all_reduce(total, group=self._shard_group)
         return total.sqrt()
+
+
+def _settle_buckets(wrapped: DistributedDataParallel, model: nn.Module) -> None:
+    """Have DDP arrange its buckets now, and not after the first step, by the order in which gradients arrived.
+
+    Where an element lies in a bucket decides in which order three or more ranks add it up: a run that resumes would
+    differ from one that went on by the rounding of its first step.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    forward = model.forward
+    # Gradients in the order of real ones, nearly: from the last parameter to the first.
+    model.forward = lambda: torch.stack([parameter.sum() * 0 for parameter in reversed(trainable)]).sum()
+    wrapped().backward()
+    wrapped.reducer._rebuild_buckets()  # as the next forward pass would
+    model.forward = forward
+    for parameter in trainable:
+        parameter.grad = None
 
 
 def _whole_model(

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 
 import torch
 
+from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
+
 PHASES = ("data", "forward", "backward", "optimizer")
 
 
 class Clock:
     """Times the phases of one step after another; phases of the same name add up."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, heartbeat: Heartbeat | None = None) -> None:
+        """`heartbeat` hears of each phase."""
+        self._heartbeat = heartbeat or NullHeartbeat()
         self._on_gpu = device.type == "cuda"
         self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
         self._began = time.perf_counter()
@@ -20,8 +24,10 @@ class Clock:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what is inside as `name`. Waiting for data is the host's time, on a GPU too."""
+        self._heartbeat.part(name)
         start = self._now(name)
         yield
+        self._heartbeat.part("other")
         self._spans.append((name, start, self._now(name)))
 
     def lap(self) -> "Lap":

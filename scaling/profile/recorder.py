@@ -20,6 +20,7 @@ from scaling.profile.memory import MemoryMonitor
 from scaling.profile.nvml import DeviceMonitor
 from scaling.profile.sinks import Sink
 from scaling.records import BatchPlan, Progress, StepRecord, ValidationRecord
+from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,10 @@ class Recorder:
         last_step: int,
         flops_per_token: float,
         peak_flops: float | None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
-        self.clock = Clock(device)
+        self.heartbeat = heartbeat or NullHeartbeat()
+        self.clock = Clock(device, self.heartbeat)
         self._sinks = sinks
         self._plan = plan
         self._device = device

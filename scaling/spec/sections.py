@@ -435,6 +435,29 @@ class Checkpoint(Section):
     code 7; null lets it try for ever."""
 
 
+Seconds = Annotated[float, Field(gt=0, le=1e7)]
+
+
+class Timeouts(Section):
+    """How long a rank may go without a sign of life, by phase, before its watchdog ends the run with exit code 8.
+
+    Within a step every part of every micro-batch is a sign, within a validation every batch.
+    """
+
+    startup: Seconds = 3600.0
+    """Until the first step: tokenising, building, reading a checkpoint; seconds, as all of these."""
+    first_step: Seconds = 1800.0
+    """The first step of a start, which compiles."""
+    step: Seconds = 600.0
+    """A part of a later step."""
+    validation: Seconds = 600.0
+    """A batch of a validation."""
+    save: Seconds = 1800.0
+    """Copying the state for a checkpoint, and waiting for the one before or the last one to be written."""
+    closing: Seconds = 600.0
+    """From the last step to the end of the process."""
+
+
 class Profile(Section):
     """What is recorded while training."""
 
@@ -495,6 +518,7 @@ class Spec(Section):
     """Null: no validation."""
     checkpoint: Checkpoint | None = Checkpoint()
     """Null: nothing is saved."""
+    timeouts: Timeouts = Timeouts()
     profile: Profile = Profile()
     tracking: Tracking = Tracking()
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scaling.watch.heartbeat import Heartbeat, unnamed_file
+from scaling.watch.blame import place
+from scaling.watch.heartbeat import Heartbeat, HeartbeatReader, unnamed_file
 from scaling.watch.outcome import HUNG, Outcome, await_outcome, settle
 from scaling.watch.processes import launchers_of
 
@@ -47,6 +48,7 @@ class Watch:
         collective: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         """`collective()` says which collective this rank is in, see `Report`: keys "waiting" and "joined"."""
+        self.rank = rank
         self._collective = collective
         self._files = unnamed_file(), unnamed_file()
         self.heartbeat = Heartbeat(self._files[0])
@@ -75,6 +77,11 @@ class Watch:
         """
         self._folder, self._attempt = folder.absolute(), attempt
         self._tell({"folder": str(self._folder), "attempt": attempt, "world_size": world_size})
+
+    @property
+    def place(self) -> str:
+        """Where in the run this rank is, in words."""
+        return place(HeartbeatReader(self._files[0]).read())
 
     def settle(self, outcome: Outcome, *, ask_others: bool = False) -> tuple[Outcome, bool]:
         """Say how the run ended, unless another rank has; returns what counts, and whether it is this.
