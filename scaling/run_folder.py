@@ -180,10 +180,10 @@ def strict(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` whole or not at all, readable by people."""
+    """Write `value` whole or not at all, readable by people, without secrets (scaling/redact.py)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(redacted_json(value), indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise StorageError(f"the run folder must have room, but {path} failed ({error.strerror}); free some") from None
@@ -215,7 +215,7 @@ def versions() -> dict[str, str | None]:
 def log_to(folder: Path, rank: int) -> None:
     """Send the log of this rank to its file: train.log for rank 0, train-rank3.log for rank 3."""
     handler = logging.FileHandler(folder / ("train.log" if rank == 0 else f"train-rank{rank}.log"), delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
     logging.getLogger("scaling").addHandler(handler)
 
 

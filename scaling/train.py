@@ -180,6 +180,14 @@ def _parser() -> CommandLine:
     )
     parser.add_argument("--stop-after", type=positive, metavar="STEP", help="save after this step and end")
     parser.add_argument("--dry-run", action="store_true", help="validate, build, take one step, write nothing")
+    parser.add_argument(
+        "--allow-import",
+        action="append",
+        default=[],
+        type=allowed_package,
+        metavar="PACKAGE",
+        help="let the spec import from this package, whose code then runs; repeatable",
+    )
     parser.add_argument("--local_rank", "--local-rank", help=SUPPRESS)  # DeepSpeed's launcher passes it
     return parser
 
@@ -202,7 +210,7 @@ def _start_logging(process: "Process") -> None:
     logger.propagate = False
     if process.is_main:
         handler = _Stdout()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(LogFormatter("%(message)s"))
         logger.addHandler(handler)
 
 

@@ -43,6 +43,11 @@ def _encode_bytes(texts: Sequence[str]) -> list[np.ndarray]:
 def _open_file(path: Path) -> Tokenizer:
     import tokenizers  # here, because most runs on bytes and on token files do without it
 
+    if path.exists() and not path.is_file():
+        raise UserError(
+            f'`data.tokenizer` must be "bytes" or the path of a tokenizer.json, but {path} is no regular file; '
+            "correct the path"
+        )
     try:
         content = path.read_bytes()
         inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))

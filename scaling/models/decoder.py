@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from scaling.inventory import blocks, head_dim
 from scaling.models.loss import summed_cross_entropy
 from scaling.models.recipe import ModelRecipe
-from scaling.spec.sections import CausalLM
+from scaling.spec.sections import CausalLM, Factory
 from scaling.spec.sections import Decoder as DecoderSpec
 
 
-def decoder_recipe(spec: DecoderSpec, objective: CausalLM, seed: int) -> ModelRecipe:
+def decoder_recipe(spec: DecoderSpec, objective: CausalLM | Factory, seed: int) -> ModelRecipe:
     """The recipe of a decoder for `objective`."""
 
     def fill(name: str, value: Tensor, generator: torch.Generator) -> None:
         fill_parameter(spec, name, value, generator)
 
-    chunked = objective.cross_entropy == "chunked"
+    chunked = isinstance(objective, Factory) or objective.cross_entropy == "chunked"
     return ModelRecipe(build=lambda: Decoder(spec, chunked=chunked), fill=fill, blocks=blocks(spec), seed=seed)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from scaling.spec.document import Document, assign, document_of
-from scaling.spec.problems import SpecError, duplicates, problems
+from scaling.spec.problems import SpecError, duplicates, problems, user_info
 from scaling.spec.scan import JsonFault
 from scaling.spec.sections import Spec
 from scaling.spec.source import read_source
@@ -34,7 +34,7 @@ def read_document(source: str, assignments: Sequence[str] = ()) -> Document:
 
 def parse_spec(document: Document) -> Spec:
     """Validate a document."""
-    doubled = duplicates(document)
+    doubled = [*duplicates(document), *user_info(document)]
     try:
         # As JSON, not as Python values: in strict mode only then is a list good for a tuple.
         spec = Spec.model_validate_json(json.dumps(document.value))

@@ -3,12 +3,14 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
 
 from scaling.errors import UserError
+from scaling.redact import without_user_info
 from scaling.spec import schema
 from scaling.spec.document import Document
 from scaling.spec.scan import Json, Path, dotted, quoted
@@ -58,6 +60,26 @@ def duplicates(document: Document) -> list[str]:
         f"but stands at {document.place(first).removeprefix(document.name + ':')} too; drop one"
         for path, first, second in document.duplicates[: LINES + 1]  # each costs a count of lines
     ]
+
+
+def user_info(document: Document) -> list[str]:
+    """A line for each text with a user name or password in a URL: the spec is copied into run folders and logs."""
+    found = ((path, text) for path, text in _texts(document.value, ()) if without_user_info(text) != text)
+    return [
+        f"{document.where(path)}: `{dotted(path)}` must have no user name or password in a URL, "
+        f"but has {quoted(text)}; keep them outside of the spec"
+        for path, text in islice(found, LINES + 1)
+    ]
+
+
+def _texts(value: Json, path: Path) -> Iterator[tuple[Path, str]]:
+    """All texts, keys included."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from [((*path, key), key)] if isinstance(key, str) else []
+            yield from _texts(inner, (*path, key))
 
 
 def problems(error: ValidationError, document: Document) -> list[str]:

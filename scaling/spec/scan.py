@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass, field
 from json import JSONDecodeError, JSONDecoder
 
+from scaling.redact import without_user_info
+
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Path = tuple[str | int, ...]
 """Keys and list indices from the root to a value."""
@@ -48,7 +50,8 @@ class Scanned:
 
 
 def quoted(text: str, limit: int = 60) -> str:
-    """`text` for a message: cut where it is long, and with nothing in it that a terminal would act on."""
+    """`text` for a message: cut where it is long, with nothing that a terminal would act on, and no URL's password."""
+    text = without_user_info(text)
     cut = text if len(text) <= limit else f"{text[: limit // 2]}... ({len(text)} characters)"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 

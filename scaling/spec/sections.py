@@ -119,6 +119,21 @@ class CausalLM(Section):
     """chunked: logits exist for a slice of the tokens at a time (least memory); plain: for the whole micro-batch."""
 
 
+class Factory(Section):
+    """Code of your own: the function `target` is called with `arguments`. Its package must be allowed on the command
+    line (--allow-import); a spec cannot do that."""
+
+    kind: Literal["factory"]
+    target: Annotated[str, Field(max_length=500, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+    """Where the function is, "package.module:function"; the working folder is looked in first. As an objective it
+    returns a function of (module, micro-batch) to the loss summed over the target tokens."""
+    arguments: dict[str, Any] = {}
+    """Its keyword arguments."""
+
+
+Objective = Annotated[CausalLM | Factory, Field(discriminator="kind")]
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -482,7 +497,7 @@ class Spec(Section):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1337
     """Of the initial weights, the data order and dropout."""
     model: Decoder
-    objective: CausalLM = CausalLM()
+    objective: Objective = CausalLM()
     data: Data
     batch: Batch
     optimizer: AdamW

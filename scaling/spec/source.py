@@ -16,7 +16,7 @@ LIMIT_BYTES = 2**20
 def read_source(source: str) -> tuple[str, str]:
     """The name that messages use for `source`, and its text."""
     if source == "-":
-        return "<stdin>", _decode("<stdin>", sys.stdin.buffer.read(LIMIT_BYTES + 1))
+        return "<stdin>", _decode("<stdin>", _read_stdin())
     if not os.path.isfile(source) and source in recipes():
         name = f"{source}.json"
         return name, (_recipe_folder() / name).read_text("utf-8")
@@ -33,6 +33,14 @@ def _recipe_folder():  # its type is importlib's, and importing that is what tak
     from importlib.resources import files
 
     return files("scaling") / "recipes"
+
+
+def _read_stdin() -> bytes:
+    try:
+        # None: the shell closed it (`<&-`), which the type of sys.stdin does not say.
+        return b"" if sys.stdin is None else sys.stdin.buffer.read(LIMIT_BYTES + 1)  # pyright: ignore[reportUnnecessaryComparison]
+    except OSError as error:
+        raise UserError(f"<stdin>: the spec must be readable, but is not: {error.strerror}; correct that") from None
 
 
 def _read_file(source: str) -> bytes:
