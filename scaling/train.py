@@ -192,6 +192,12 @@ def _parser() -> CommandLine:
     return parser
 
 
+def _folder(text: str) -> str:
+    if not text:  # an unset variable of a script, say
+        raise ArgumentTypeError("must be a folder, but is empty")
+    return text
+
+
 class _Stdout(logging.StreamHandler[TextIO]):
     """Writes to what sys.stdout is at the time: while a progress bar is shown, rich puts itself there."""
 

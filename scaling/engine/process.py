@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import gc
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -127,3 +128,14 @@ def _share_cores(process: Process) -> None:
     if process.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // process.local_world_size))
+
+
+def _stay_on_this_machine() -> None:
+    """Let gloo listen on the loopback address, unless the user chose an interface.
+
+    Its own choice is the address of the host's name, where anybody in the network could connect, unauthenticated.
+    """
+    names = [name for _, name in socket.if_nameindex()]
+    loopback = next((name for name in ("lo", "lo0") if name in names), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)

@@ -162,7 +162,7 @@ class _Detail:
         elif elsewhere := schema.everywhere(_OTHER_NAMES.get(key, key)):
             hint = f"did you mean {' or '.join(f'`{path}`' for path in elsewhere[:3])}?"
         else:
-            hint = f"drop it, or use one of {', '.join(known)}"
+            hint = f"drop it, or use one of {_first(known)}"
         return f"{name} must be a key of {owner}, but is none; {hint}"
 
     def other_kinds(self, key: str) -> list[str]:
@@ -281,7 +281,11 @@ def remedy(shape: Schema, value: Json) -> str:
             return f'did you mean {{"kind": {shown(near)}}}?'
         if "boolean" in types and value.lower() in ("true", "false", "yes", "no", "on", "off"):
             return f"write {'true' if value.lower() in ('true', 'yes', 'on') else 'false'} without quotes"
-        if types & {"integer", "number"} and re.fullmatch(r"-?[0-9.]+(e[+-]?[0-9]+)?", value, re.IGNORECASE):
+        if (
+            types & {"integer", "number"}
+            and len(value) <= 60
+            and re.fullmatch(r"-?[0-9.]+(e[+-]?[0-9]+)?", value, re.IGNORECASE)
+        ):
             return f"write {quoted(value)} without quotes"
         if "array" in types and len(value) <= 60:
             return f"write [{shown(value)}]"
@@ -323,9 +327,9 @@ def _fallback(shape: Schema, options: Iterable[Schema]) -> str:
         return "correct it, or drop the key for the default" + (
             "" if isinstance(default, dict) else f", {shown(default)}"
         )
-    wanted = next((", ".join(option["required"]) for option in options if option.get("required")), None)
+    wanted = next((option["required"] for option in options if option.get("required")), None)
     if wanted:
-        return f"write an object that has {wanted}"
+        return f"write an object that has {_first(wanted)}"
     lowest = next((option["minimum"] for option in options if option.get("type") == "integer"), None)
     if lowest is not None:
         return f"write {max(lowest, 1)}, say"
@@ -343,7 +347,8 @@ def _near(key: str, known: Iterable[str]) -> str | None:
     known = list(known)
     if _OTHER_NAMES.get(key) in known:
         return _OTHER_NAMES[key]
-    return next(iter(difflib.get_close_matches(key[:100], known, n=1)), None)
+    cutoff = 0.5 if len(key) <= 3 else 0.6  # of `lr` with one letter wrong, half is right
+    return next(iter(difflib.get_close_matches(key[:100], known, n=1, cutoff=cutoff)), None)
 
 
 def _near_word(value: str, words: Sequence[str]) -> str | None:
@@ -352,8 +357,14 @@ def _near_word(value: str, words: Sequence[str]) -> str | None:
 
 def _fitting(value: str, pattern: str) -> str | None:
     """`value` with what such names may not hold replaced, if it then matches."""
-    candidate = re.sub(r"[^A-Za-z0-9_.-]+", "-", value[:100]).strip("-.")
+    candidate = re.sub(r"[^A-Za-z0-9_.-]+", "-", without_user_info(value)[:100]).strip("-.")
     return candidate if re.search(pattern, candidate) else None
+
+
+def _first(names: Sequence[str], characters: int = 80) -> str:
+    """The names, or as many of them as keep the line readable."""
+    fitting = [name for i, name in enumerate(names) if len(", ".join(names[: i + 1])) <= characters]
+    return ", ".join(names) if len(fitting) == len(names) else f"{', '.join(fitting)}, ... ({len(names)} in all)"
 
 
 def _or(words: Sequence[str]) -> str:

@@ -1,10 +1,12 @@
 """Where a spec's text comes from: a file, a recipe of the package or standard input."""
 
 import difflib
+import errno
 import os
 import stat
 import sys
 from itertools import islice
+from typing import TextIO
 
 from scaling.errors import UserError
 from scaling.spec.scan import quoted
@@ -37,10 +39,10 @@ def _recipe_folder():  # its type is importlib's, and importing that is what tak
 
 def _read_stdin() -> bytes:
     try:
-        # None: the shell closed it (`<&-`), which the type of sys.stdin does not say.
-        return b"" if sys.stdin is None else sys.stdin.buffer.read(LIMIT_BYTES + 1)  # pyright: ignore[reportUnnecessaryComparison]
+        stdin: TextIO | None = sys.stdin  # None: the shell closed it (`<&-`)
+        return stdin.buffer.read(LIMIT_BYTES + 1) if stdin else b""
     except OSError as error:
-        raise UserError(f"<stdin>: the spec must be readable, but is not: {error.strerror}; correct that") from None
+        raise _unreadable("<stdin>", error) from None
 
 
 def _read_file(source: str) -> bytes:
@@ -50,16 +52,26 @@ def _read_file(source: str) -> bytes:
     except FileNotFoundError:
         raise UserError(_missing(source)) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{quoted(source)}: the spec must be readable, but is not: {reason}; correct that") from None
+        raise _unreadable(quoted(source), error) from None
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
         what = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
         hint = "name a file in it" if stat.S_ISDIR(mode) else "pass - to read standard input"
         raise UserError(f"{quoted(source)}: the spec must be a regular file, but is {what}; {hint}")
-    with open(handle, "rb") as file:
-        return file.read(LIMIT_BYTES + 1)
+    try:
+        with open(handle, "rb") as file:
+            content: bytes | None = file.read(LIMIT_BYTES + 1)
+        if content is None:  # some files of /proc claim to be regular, and would block
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return content
+    except OSError as error:  # a network file system that lost its server, say
+        raise _unreadable(quoted(source), error) from None
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return UserError(f"{name}: the spec must be readable, but is not: {reason}; correct that")
 
 
 def _decode(name: str, content: bytes) -> str:

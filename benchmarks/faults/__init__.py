@@ -1,0 +1,1 @@
+"""Faults on purpose, each seeded and repeatable, with the results as JSON."""
