@@ -1,7 +1,6 @@
 """Where a spec's text comes from: a file, a recipe of the package or standard input."""
 
 import difflib
-import errno
 import os
 import stat
 import sys
@@ -61,10 +60,7 @@ def _read_file(source: str) -> bytes:
         raise UserError(f"{quoted(source)}: the spec must be a regular file, but is {what}; {hint}")
     try:
         with open(handle, "rb") as file:
-            content: bytes | None = file.read(LIMIT_BYTES + 1)
-        if content is None:  # some files of /proc claim to be regular, and would block
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return content
+            return file.read(LIMIT_BYTES + 1) or b""  # None of some files in /proc: they claim to be regular, and block
     except OSError as error:  # a network file system that lost its server, say
         raise _unreadable(quoted(source), error) from None
 
