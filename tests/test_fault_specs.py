@@ -5,7 +5,7 @@ import os
 import pytest
 
 from benchmarks.faults.mutations import TEXT_MUTATIONS, VALUE_MUTATIONS, key_places, maximal_specs, mutant, valid_specs
-from benchmarks.faults.specs import Findings, Hung, _alarm, misspelt_keys, mutants, special_files
+from benchmarks.faults.specs import Findings, Hung, alarm, misspelt_keys, mutants, special_files
 from scaling.errors import UserError
 from scaling.spec import load_spec, spec_schema
 from scaling.spec.schema import kinds
@@ -45,7 +45,7 @@ def test_a_mutant_is_a_function_of_seed_and_index():
 def test_what_is_no_file_neither_blocks_nor_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source, codes in special_files(tmp_path).items():
-        with _alarm(2):
+        with alarm(2):
             if 0 in codes:
                 load_spec(source)
                 continue
@@ -64,5 +64,5 @@ def test_the_check_sees_what_it_is_for(tmp_path):
     findings.message("control", "", "`a` must be 1, but is 2; write 1")
     assert len(findings.failures) == 4
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(Hung), _alarm(0.05), open(tmp_path / "pipe"):
+    with pytest.raises(Hung), alarm(0.05), open(tmp_path / "pipe"):
         pass

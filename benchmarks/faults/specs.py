@@ -135,7 +135,7 @@ def _check_typo(findings: Findings, spec: dict[str, Any], key: str, typo: str) -
 def _check_here(findings: Findings, name: str, case: str, assignments: list[str]) -> str:
     began, outcome = time.perf_counter(), "accepted"
     try:
-        with _alarm(LIMIT_S):
+        with alarm(LIMIT_S):
             validate("spec.json", assignments)
             resolve(load_spec("spec.json", assignments), 1, ["my_code"])
     except UserError as error:
@@ -157,7 +157,7 @@ def _check_here(findings: Findings, name: str, case: str, assignments: list[str]
 
 
 def commands(findings: Findings, seed: int, indices: Sequence[int], refused: set[int], count: int) -> None:
-    """Send `count` mutants through the real commands: every other one, refused by now, to launch/train.py as well."""
+    """Send `count` mutants through the real commands: every other one, if refused, by launch/train.py."""
     bases = valid_specs()
     with tempfile.TemporaryDirectory() as folder:
         for turn, index in enumerate(indices[:: max(1, len(indices) // max(1, count))][:count]):
@@ -166,11 +166,9 @@ def commands(findings: Findings, seed: int, indices: Sequence[int], refused: set
                 continue  # no command line can hold one
             Path(folder, "spec.json").write_bytes(text)
             settings = [part for assignment in assignments for part in ("--set", assignment)]
-            wanted = {2} if index in refused else {0}
-            # A valid one would train; that it is accepted is seen by `validate`.
+            # A valid one would train; that it is accepted is seen by `validate`, which is content with any world size.
             kind = "train" if turn % 2 and index in refused else "validate"
-            # Only train.py looks at one world size; `validate` is content with any.
-            wanted = wanted if kind == "train" else {0, 2}
+            wanted = {2} if kind == "train" else {0, 2}
             run_command(findings, f"{kind}: {name}", f"{seed}:{index}", folder, kind, "spec.json", settings, wanted)
 
 
@@ -272,7 +270,7 @@ def _working_in(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
+def alarm(seconds: float) -> Iterator[None]:
     def ring(*_: object) -> None:
         raise Hung
 
