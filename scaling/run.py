@@ -12,12 +12,15 @@ from scaling.errors import CheckpointError, UserError
 from scaling.estimate.flops import train_flops_per_token
 from scaling.groups import Group, resolve_groups
 from scaling.hardware import gpu_from_device_name
+from scaling.imports import check_allowed
 from scaling.inventory import parameters
 from scaling.records import BatchPlan, Progress, ValidationRecord
+from scaling.redact import redacted_json
 from scaling.render import render
 from scaling.run_folder import CHECKPOINTS, METRICS, count_start, versions
 from scaling.schedule import check_schedule, lr_scale
 from scaling.spec import Spec
+from scaling.spec.sections import Factory
 from scaling.watch.heartbeat import Heartbeat
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
@@ -25,6 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused befo
     from scaling.data.dataset import Dataset
     from scaling.engine.process import Process
     from scaling.engine.protocol import Engine
+    from scaling.objectives import Objective
     from scaling.profile.recorder import Recorder
     from scaling.profile.sinks import Sink
 
@@ -41,6 +45,8 @@ class Job:
     """The very dict that the engine gets."""
     groups: tuple[Group, ...]
     lr_scale: float
+    allow_import: tuple[str, ...] = ()
+    """Packages that the spec may take code from."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,14 @@ class Resume:
     """Fields that may differ from the checkpoint although the data then come in another order."""
 
 
-def resolve(spec: Spec, world_size: int) -> Job:
+def resolve(spec: Spec, world_size: int, allow_import: Sequence[str] = ()) -> Job:
     """Everything that follows from a spec and a number of ranks alone. Raises UserError; needs no torch."""
+    if isinstance(spec.objective, Factory):
+        check_allowed(spec.objective.target, allow_import, "objective.target")
     plan = resolve_batch(spec, world_size)
     scale = lr_scale(spec.lr_scaling, world_size=world_size, global_batch=plan.global_batch)
     groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model), lr_scale=scale)
-    return Job(spec, plan, render(spec, world_size), groups, scale)
+    return Job(spec, plan, render(spec, world_size), groups, scale, tuple(allow_import))
 
 
 def run(
@@ -81,8 +89,10 @@ def run(
     from scaling.data.build import build_datasets
     from scaling.engine.build import build_engine
     from scaling.models.decoder import decoder_recipe
+    from scaling.objectives import build_objective
 
     spec = job.spec
+    objective = build_objective(spec.objective, job.allow_import)
     dataset, held_out = build_datasets(spec)
     max_steps = _number_of_steps(spec, job.plan, len(dataset))
     last_step = min(stop_after or max_steps, max_steps)
@@ -102,6 +112,7 @@ def run(
                     keeper,
                     recorder,
                     progress,
+                    objective,
                     (dataset, held_out),
                     (max_steps, last_step),
                     stop_requested,
@@ -116,6 +127,7 @@ def _train(
     keeper: "Checkpoints | NoCheckpoints",
     recorder: "Recorder",
     progress: Progress,
+    objective: "Objective",
     datasets: "tuple[Dataset, Dataset | None]",
     steps: tuple[int, int],
     stop_requested: Callable[[], bool],
@@ -123,10 +135,8 @@ def _train(
     from scaling.data.loader import step_batches
     from scaling.loop import Course, train
     from scaling.nonfinite import GoBack, NonFinitePolicy
-    from scaling.objectives import build_objective
 
     spec, plan = job.spec, job.plan
-    objective = build_objective(spec.objective)
     course = Course(
         plan,
         spec.seed,
@@ -175,7 +185,12 @@ def _train(
 
 
 def _validator(
-    job: Job, process: "Process", engine: "Engine", objective: Any, held_out: "Dataset | None", heartbeat: Heartbeat
+    job: Job,
+    process: "Process",
+    engine: "Engine",
+    objective: "Objective",
+    held_out: "Dataset | None",
+    heartbeat: Heartbeat,
 ) -> Callable[[int], ValidationRecord]:
     from scaling.data.loader import validation_batches
     from scaling.loop import measure_validation
@@ -227,7 +242,7 @@ def _identity(job: Job, process: "Process", data: str) -> dict[str, Any]:
     import torch
 
     return {
-        "spec": job.spec.to_json(),
+        "spec": redacted_json(job.spec.to_json()),
         "shapes": {p.name: list(p.shape) for p in parameters(job.spec.model)},
         "trainable": [name for group in job.groups if not group.frozen for name in group.names],
         "global_batch": job.plan.global_batch,

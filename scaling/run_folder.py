@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from scaling.errors import NoProgress, StorageError
+from scaling.redact import redacted, redacted_json
+from scaling.spec.scan import quoted
 
 METRICS, VALIDATION, EXIT = "metrics.jsonl", "validation.jsonl", "exit.json"
 LOCK, RESTARTS, CHECKPOINTS = "run.lock", "restarts.json", "checkpoints"
@@ -26,11 +28,15 @@ def open_run_folder(folder: Path, *, resume: str, saves: bool) -> "RunLock":
 
     StorageError where it cannot be written to, where another run is at work in it, or where it holds a run that
     `resume` ("auto", "never" or a path), or a run that saves nothing, would mix with.
+
+    A new folder is its owner's alone (mode 0700): weights, logs and paths of the data are often confidential, and the
+    usual umask lets everybody on a cluster read. The files in it follow the umask, so that sharing a run is one
+    `chmod` of its folder; one that exists before keeps its mode, which is how to share from the start.
     """
     if "\0" in str(folder):
-        raise StorageError(f"`--run-dir` must be a path, but is {str(folder)!r}, with a NUL in it; drop it")
+        raise StorageError(f"`--run-dir` must be a path, but {quoted(str(folder))} has a NUL in it; drop it")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = RunLock(folder / LOCK)
     except OSError as error:
         raise _not_writable(folder, error) from None
@@ -39,8 +45,8 @@ def open_run_folder(folder: Path, *, resume: str, saves: bool) -> "RunLock":
         if holds_a_run and (resume == "never" or not saves):
             why = "" if resume == "never" else " and no checkpoint to go on from, since `checkpoint` is null"
             raise StorageError(
-                f"`--run-dir` must be a folder without a run in it, but {folder} has {METRICS}{why}; "
-                "name another folder, or move that one away"
+                f"`--run-dir` must be a folder without a run in it, but {quoted(str(folder), limit=200)} has "
+                f"{METRICS}{why}; name another folder, or move that one away"
             )
         (folder / EXIT).unlink(missing_ok=True)
         mend_lines(folder / METRICS)
@@ -165,7 +171,7 @@ def _note_good_end(folder: Path) -> None:
 
 def _not_writable(folder: Path, error: OSError) -> StorageError:
     return StorageError(
-        f"`--run-dir` must be a folder that can be written to, but {folder} is not ({error.strerror}); "
+        f"`--run-dir` must be a folder that can be written to, but {quoted(str(folder))} is not ({error.strerror}); "
         "name another folder"
     )
 
@@ -210,6 +216,13 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Of Python and of the packages that a run depends on; None for one that is not installed."""
     return {name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
+
+
+class LogFormatter(logging.Formatter):
+    """Leaves secrets out of messages and tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 def log_to(folder: Path, rank: int) -> None:

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from scaling.checkpoint.compare import ORDER
 from scaling.errors import CommandLine, DoesNotFit, RankDied, Stopped, UserError, positive, run_command
 from scaling.groups import empty_groups
+from scaling.imports import allowed_package
+from scaling.redact import redacted
 from scaling.run import Job, Resume, device_name, resolve, run
-from scaling.run_folder import RunLock, environment, log_to, open_run_folder, write_exit, write_json
+from scaling.run_folder import LogFormatter, RunLock, environment, log_to, open_run_folder, write_exit, write_json
 from scaling.spec import load_spec
 from scaling.view import as_text, batch_line, groups_table
 from scaling.watch.outcome import Outcome
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         spec = load_spec(options.spec, options.set)
-        job = resolve(spec, _announced("WORLD_SIZE", 1))
+        job = resolve(spec, _announced("WORLD_SIZE", 1), options.allow_import)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank found the same
             print(error, file=sys.stderr)
@@ -76,7 +78,7 @@ def _train(job: Job, options: Namespace) -> int:
         except Exception as error:  # a bug, of ours or below us: its traceback goes to the terminal and to the log
             logger.exception("the run ended with an error")
             with suppress(OSError):  # a full disk has no room for exit.json either
-                watch.settle(Outcome(1, f"{type(error).__name__}: {error}", watch.rank, None))
+                watch.settle(Outcome(1, redacted(f"{type(error).__name__}: {error}"), watch.rank, None))
             raise
         if watch.rank == 0:
             if folder is not None:
@@ -90,7 +92,8 @@ def _end(error: UserError, watch: Watch) -> int:
     rank = watch.rank
     if rank and error.shared:
         return error.code
-    outcome, first = Outcome(error.code, str(error), rank if error.rank is None else error.rank, error.step), True
+    at_fault = rank if error.rank is None else error.rank
+    outcome, first = Outcome(error.code, redacted(str(error)), at_fault, error.step), True
     with suppress(OSError):  # a full disk has no room for exit.json either
         outcome, first = watch.settle(outcome, ask_others=isinstance(error, RankDied))
     if first:
@@ -148,7 +151,7 @@ def _collective() -> dict[str, Any]:
 
 def _name_attempt(process: "Process") -> str:
     """A name for this start of the run, the same on all ranks."""
-    return str(process.gather_objects(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")[0])
+    return str(process.gather_objects(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}")[0])
 
 
 def _announced(variable: str, otherwise: int) -> int:
@@ -162,7 +165,7 @@ def _parser() -> CommandLine:
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field (JSON value); repeatable"
     )
-    parser.add_argument("--run-dir", metavar="DIR", help="the run folder (default: runs/NAME)")
+    parser.add_argument("--run-dir", type=_folder, metavar="DIR", help="the run folder (default: runs/NAME)")
     parser.add_argument(
         "--resume",
         default="auto",

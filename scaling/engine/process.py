@@ -83,6 +83,8 @@ def process_from_environment(timeout_s: float = TIMEOUT_S) -> Iterator[Process]:
     process = Process(rank, world_size, local_rank, local_world_size or world_size, _device(local_rank))
     _share_cores(process)
     record_collectives()
+    if world_size in (1, local_world_size):
+        _stay_on_this_machine()
     # Objects travel over gloo so that gathering a name does not touch the GPU.
     backend = "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo"
     if world_size == 1:
