@@ -1,1 +1,1 @@
-"""Faults on purpose, each seeded and repeatable, with the results as JSON."""
+"""Faults brought about on purpose, and what a run makes of them; see docs/reliability.md for the results."""
