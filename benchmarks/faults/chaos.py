@@ -236,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     parser.add_argument("--interval", type=int, default=3, help="steps between checkpoints")
     parser.add_argument(
-        "--span", type=float, default=1.0, help="seconds after its first step that a start lives at most"
+        "--span", type=float, default=1.0, help="seconds that a start lives at most after its first step"
     )
     parser.add_argument("--save-span", type=float, default=0.06, help="the same, after a save has begun")
     parser.add_argument("--limit-s", type=float, default=7200, help="begin nothing after so many seconds")

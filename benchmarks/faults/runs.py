@@ -1,5 +1,7 @@
 """Starts real training runs, as a user would, and looks at what they leave; what all fault checks share."""
 
+import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +118,8 @@ class Launch:
 
 def end(pid: int) -> None:
     """kill -9."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def train(command: Sequence[str], output: Path, variables: Mapping[str, str] | None = None) -> tuple[int, str]:
@@ -199,10 +200,57 @@ def curve_problems(lines: Sequence[Mapping[str, Any]], reference: Mapping[int, M
         if wanted is None:
             problems.append(f"step {line['step']} is logged, and the undisturbed run has no such step")
             continue
-        for field in CURVE:
-            if line[field] != wanted[field]:
-                problems.append(f"step {line['step']}: {field} is {line[field]!r}, undisturbed {wanted[field]!r}")
+        for name in CURVE:
+            if line[name] != wanted[name]:
+                problems.append(f"step {line['step']}: {name} is {line[name]!r}, undisturbed {wanted[name]!r}")
     return problems
+
+
+@dataclass
+class Row:
+    """What one check found: so many trials, of which so many went as they must."""
+
+    id: str
+    """As the bar calls it: "E1", say."""
+    what: str
+    trials: int = 0
+    passed: int = 0
+    worst: float | None = None
+    """The largest difference, where the check measures one."""
+    problems: list[str] = field(default_factory=list)
+    note: str | None = None
+
+    def trial(self, problems: Iterable[str] = ()) -> None:
+        """Count a trial; it passed if there are no problems."""
+        found = list(problems)
+        self.trials += 1
+        self.passed += not found
+        self.problems += found
+        if found or self.trials % 10 == 0:
+            print(f"{self.id} {self.passed}/{self.trials} {'; '.join(found)[:2000]}", flush=True)
+
+
+def finish(options: argparse.Namespace, check: str, rows: Sequence[Row], seconds: float) -> int:
+    """Write the rows to `options.out`; the exit code: 0 if all trials of all rows passed and there were some."""
+    for row in rows:
+        print(f"{row.id}: {row.passed} of {row.trials} {row.what}")
+        row.problems = row.problems[:10]
+    if options.out:
+        write_result(
+            options.out, check, {"seed": options.seed, "seconds": round(seconds), "rows": [asdict(row) for row in rows]}
+        )
+    return 0 if all(0 < row.trials == row.passed for row in rows if row.note is None or row.trials) else 1
+
+
+def parser(check: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that all checks have."""
+    found = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.faults.{check}", description=(description or "").splitlines()[0]
+    )
+    found.add_argument("--seed", type=int, default=7)
+    found.add_argument("--out", help="write the result as JSON")
+    found.add_argument("--only", help="of the checks, these alone, separated by commas")
+    return found
 
 
 def write_result(path: str | Path, check: str, result: Mapping[str, Any]) -> None:
