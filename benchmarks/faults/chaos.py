@@ -43,7 +43,7 @@ class Disturbed:
         self.folder = work / "run"
         self._output = work / "output"
         self._command = command(options, self.folder)
-        self._startup_s = 5.0
+        self._startup_s: float | None = None
 
     def go(self, reference: dict[int, dict[str, Any]], until: int, deadline: float) -> bool:
         """Start and kill until the run ends by itself; True if it did. No kill follows the `until`-th."""
@@ -89,21 +89,27 @@ class Disturbed:
         """Wait for the moment; False if the run ended before."""
         size = _size(self.folder / METRICS)
         if moment == "start":
-            return _pause(launch, self._chance.uniform(0.2, self._startup_s))
-        while _size(self.folder / METRICS) <= size or moment == "none":
+            return _pause(launch, self._chance.uniform(0.2, self._startup_s or 5.0))
+        # Counted in steps and saves, not in seconds: a busy machine must get as far as an idle one.
+        steps = self._chance.randint(1, self._options.most_steps)
+        saves = self._chance.randint(1, 1 + self._options.most_steps // self._options.interval)
+        seen: set[str] = set()
+        while True:
             if launch.ended():
                 return False
-            time.sleep(_POLL_S if moment != "none" else 0.05)
-        self._startup_s = time.monotonic() - launch.began
-        if not _pause(launch, self._chance.uniform(0.0, self._options.span)):
-            return False
-        if moment == "training":
-            return True
-        while not runs.unfinished(self.folder):
-            if launch.ended():
-                return False
-            time.sleep(_POLL_S)
-        return _pause(launch, self._chance.uniform(0.0, self._options.save_span))
+            lines = _lines(self.folder / METRICS, size)
+            if lines and self._startup_s is None:
+                self._startup_s = time.monotonic() - launch.began
+            if moment == "training" and lines >= steps:
+                return _pause(launch, self._chance.uniform(0.0, 0.1))
+            seen |= (
+                {name for name in runs.unfinished(self.folder) if name.startswith(".incomplete-step")}
+                if lines
+                else set()
+            )
+            if moment == "save" and len(seen) >= saves:
+                return _pause(launch, self._chance.uniform(0.0, self._options.save_span))
+            time.sleep(_POLL_S if moment == "save" else 0.02)
 
     def _kill(self, launch: runs.Launch, moment: str) -> bool:
         """Kill a random rank, or everything; returns whether a save was under way."""
@@ -222,6 +228,14 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def _lines(path: Path, start: int) -> int:
+    if _size(path) <= start:
+        return 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read().count(b"\n")
+
+
 def _tail(path: Path, start: int) -> str:
     return path.read_bytes()[start:].decode(errors="replace") if path.exists() else ""
 
@@ -235,10 +249,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--victim", choices=["rank", "all", "mixed"], default="mixed")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     parser.add_argument("--interval", type=int, default=3, help="steps between checkpoints")
-    parser.add_argument(
-        "--span", type=float, default=1.0, help="seconds that a start lives at most after its first step"
-    )
-    parser.add_argument("--save-span", type=float, default=0.06, help="the same, after a save has begun")
+    parser.add_argument("--most-steps", type=int, default=12, help="steps that a start gets to take at most")
+    parser.add_argument("--save-span", type=float, default=0.06, help="seconds that a save gets at most")
     parser.add_argument("--limit-s", type=float, default=7200, help="begin nothing after so many seconds")
     parser.add_argument("--out", help="write the result as JSON")
     return parser

@@ -207,8 +207,7 @@ def _unequal(one: Path, other: Path) -> list[str]:
 def _save_again(
     again: Path, backend: str, ranks: int, settings: Sequence[str], written: Mapping[str, Path]
 ) -> list[str]:
-    command = runs.training(backend, ranks, again, settings)
-    command[command.index(str(runs.ROOT / "launch" / "train.py"))] = str(Path(__file__).with_name("resave.py"))
+    command = runs.training(backend, ranks, again, settings, script=Path(__file__).with_name("resave.py"))
     list_file = again.with_suffix(".json")
     list_file.write_text(json.dumps({name: str(path) for name, path in written.items()}))
     code, output = runs.train([*command, "--checkpoints", str(list_file)], again.with_suffix(".out"))

@@ -21,6 +21,8 @@ from scaling.run_folder import CHECKPOINTS, METRICS, environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPEC = Path(__file__).with_name("spec.json")
+FAULTY = Path(__file__).with_name("launch.py")
+"""launch/train.py with the faults that the environment asks for (see `hooks`)."""
 BACKENDS: dict[str, dict[str, Any]] = {
     "single": {"kind": "single"},
     "ddp": {"kind": "ddp"},
@@ -39,16 +41,16 @@ def training(
     settings: Iterable[str] = (),
     *,
     arguments: Sequence[str] = (),
-    spec: Path = SPEC,
+    script: Path = ROOT / "launch" / "train.py",
 ) -> list[str]:
     """The command of a run: torchrun on a port of its own, or plain python for one process."""
-    script = [str(ROOT / "launch" / "train.py"), "--spec", str(spec), "--run-dir", str(folder)]
+    words = [str(script), "--spec", str(SPEC), "--run-dir", str(folder)]
     for setting in (f"backend={json.dumps(BACKENDS[backend])}", *settings):
-        script += ["--set", setting]
+        words += ["--set", setting]
     if ranks == 1:
-        return [sys.executable, *script, *arguments]
+        return [sys.executable, *words, *arguments]
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    return [*launcher, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *script, *arguments]
+    return [*launcher, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *words, *arguments]
 
 
 class Launch:

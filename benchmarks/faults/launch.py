@@ -1,0 +1,14 @@
+"""launch/train.py with the faults of `hooks` in it."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from benchmarks.faults.hooks import install
+from scaling.errors import run_command
+from scaling.train import main
+
+if __name__ == "__main__":
+    install()
+    sys.exit(run_command(main))
