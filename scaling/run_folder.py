@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -122,9 +123,18 @@ def _is_dying(holder: dict[str, Any]) -> bool:
         return False
     try:
         stat = Path(f"/proc/{holder.get('pid')}/stat").read_text()
+        status = Path(f"/proc/{holder.get('pid')}/status").read_text()
     except OSError:
         return True
-    return stat.rpartition(")")[2].split()[0] in "ZX"
+    fields = stat.rpartition(")")[2].split()
+    # A killed process still shows as running while its memory is freed, which comes before its files are closed.
+    pending = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+    killed = any(signals >> (signal.SIGKILL - 1) & 1 for signals in pending)
+    return fields[0] in "ZX" or bool(int(fields[6]) & _PF_EXITING) or killed
+
+
+_PF_EXITING = 0x4
+"""Of the flags in /proc/PID/stat (proc(5), include/linux/sched.h): the process is on its way out."""
 
 
 def mend_lines(path: Path) -> None:
