@@ -75,7 +75,9 @@ class RunLock:
         began = time.monotonic()
         while not self._acquire():
             holder = self._holder()
-            if time.monotonic() - began > (_DYING_S if _is_dying(holder) else _ALIVE_S):
+            # One who has just got it has not written its name yet.
+            patience = _NAMELESS_S if not holder else _DYING_S if _is_dying(holder) else 0.0
+            if time.monotonic() >= began + patience:
                 self._file.close()
                 raise StorageError(
                     f"`--run-dir` must be a folder that no other run is at work in, but {path.parent} is held by "
@@ -112,9 +114,9 @@ class RunLock:
             return {}
 
 
-_DYING_S, _ALIVE_S = 10.0, 0.5
-"""A killed process lets go of its locks only once its memory is freed: seconds, for a large one. For a moment it does
-not even look like one that was killed."""
+_NAMELESS_S = 1.0
+_DYING_S = 10.0
+"""A killed process lets go of its locks only once its memory is freed: seconds, for a large one."""
 
 
 def _is_dying(holder: dict[str, Any]) -> bool:

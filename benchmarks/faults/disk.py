@@ -139,7 +139,7 @@ def _refusal(command: list[str], output: Path) -> list[str]:
     code, text = launch.wait(), launch.output()
     told = [line for line in text.splitlines() if "`--run-dir` must be" in line]
     problems = [] if code == 6 or "torch.distributed.run" in command else [f"exit code {code}"]
-    if len(told) != 1 or "Traceback (most recent call last)" in text.partition("torch/distributed/run.py")[0]:
+    if len(told) != 1 or launch.tracebacks():
         problems.append(f"it said {text[-1500:]}")
     if "step   " in text:
         problems.append("it trained")
@@ -163,7 +163,7 @@ def vanished(work: Path, _options: argparse.Namespace) -> list[Row]:
             subprocess.run(["umount", "-l", str(folder / place)], check=True)
             code = launch.wait()
         problems = [] if saved else ["it ended too soon"]
-        if code != 6 or not _warnings(launch) or "Traceback" in launch.output():
+        if code != 6 or not _warnings(launch) or launch.tracebacks():
             problems.append(f"exit code {code}, {_warnings(launch)} warnings: {launch.output()[-2500:]}")
         if runs.checkpoints(folder).steps():
             problems.append("it saved below the place where the mount was")
@@ -300,7 +300,7 @@ def _common_problems(folder: Path, launch: runs.Launch) -> list[str]:
     problems += runs.newest(folder)[1]
     if missing := set(range(1, STEPS + 1)) - set(runs.curve(folder)):
         problems.append(f"steps {sorted(missing)[:5]} are not in metrics.jsonl")
-    if "Traceback" in launch.output() and "torch/distributed/run.py" not in launch.output():
+    if launch.tracebacks():
         problems.append(f"a traceback: {launch.output()[-1500:]}")
     return problems
 

@@ -84,6 +84,11 @@ class Launch:
             time.sleep(0.02)
         return code
 
+    def tracebacks(self) -> int:
+        """Tracebacks in what was printed; torchrun's own, about a rank that failed, is none."""
+        text = self.output()
+        return text.count("Traceback (most recent call last)") - text.count("multiprocessing.errors.ChildFailedError:")
+
     def alive(self) -> list[int]:
         """Every process of this launch that runs, whoever its parent is by now."""
         found: list[int] = []
