@@ -149,6 +149,7 @@ def _train(
     policy = NonFinitePolicy(spec.on_nonfinite, spec.nonfinite_limit)
     if policy.action == "rollback" and progress.step == 0:
         keeper.save(engine, progress)  # something to go back to
+    passed_over: set[int] = set(progress.skipped)
     while True:
         batches = step_batches(
             datasets[0],
@@ -179,8 +180,8 @@ def _train(
             return
         except GoBack as back:
             recorder.forget()
-            progress = keeper.go_back(engine)
-            progress = replace(progress, skipped=(*progress.skipped, back.first_sample))
+            passed_over.add(back.first_sample)
+            progress = replace(keeper.go_back(engine), skipped=tuple(sorted(passed_over)))
             logger.warning(f"going back to step {progress.step}; the samples of step {back.step} will be passed over")
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
@@ -53,7 +54,7 @@ def _train(job: Job, options: Namespace) -> int:
     with (
         ExitStack() as held,  # the lock on the run folder goes last, after exit.json
         closing(Watch(_announced("RANK", 0), limits, collective=_collective)) as watch,
-        StopRequest(watch.heartbeat.stopping) as stop,
+        StopRequest(lambda received: _acknowledge(received, watch)) as stop,
     ):
         try:
             with process_from_environment(max(limits.values()) + _WATCHDOG_FIRST_S) as process:
@@ -85,6 +86,12 @@ def _train(job: Job, options: Namespace) -> int:
                 write_exit(folder, code=0, reason="done", rank=0, step=step)
             print(f"done: {folder}" if folder else "dry run done: the spec is valid, the model takes a step")
     return 0
+
+
+def _acknowledge(received: signal.Signals, watch: Watch) -> None:
+    watch.heartbeat.stopping(received)
+    if watch.rank == 0:
+        logger.info(f"{received.name}: the run stops after this step and saves; another one ends it at once")
 
 
 def _end(error: UserError, watch: Watch) -> int:

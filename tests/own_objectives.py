@@ -59,3 +59,13 @@ def no_function():
 
 
 NUMBER = 3
+
+
+def poisoned(samples):
+    """The built-in loss, but NaN for a micro-batch with any of `samples` (lists of token ids) in it."""
+
+    def loss(module, batch):
+        found = any(sequence in samples for sequence in batch.inputs.tolist())
+        return module(batch.inputs, batch.targets) * (float("nan") if found else 1.0)
+
+    return loss

@@ -6,6 +6,7 @@ so none of them costs a pass over the gradients or waits for the device.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -40,7 +41,10 @@ def build_ddp(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups:
     """The whole model on each rank, gradients averaged in fp32 while the backward pass goes on."""
     model = _whole_model(spec, rendered, recipe, groups, process)
     # Every rank has filled in the same values by name: broadcasting them again would only cost time.
-    wrapped = DistributedDataParallel(model, init_sync=False, **rendered["ddp"])
+    with warnings.catch_warnings():
+        # torch 2.13 announces another name for broadcast_buffers, which older versions lack.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        wrapped = DistributedDataParallel(model, init_sync=False, **rendered["ddp"])
     _settle_buckets(wrapped, model)
     return TorchEngine(wrapped, spec, rendered, groups, process)
 

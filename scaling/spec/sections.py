@@ -561,6 +561,12 @@ class Spec(Section):
                 '`model.vocab_size` must be at least 256 for the tokenizer "bytes", '
                 f"but is {self.model.vocab_size}; set it to 256"
             )
+        offloads = isinstance(self.backend, DeepSpeed) and self.backend.offload_parameters == "nvme"
+        if offloads and any(group.freeze for group in self.param_groups):
+            yield (
+                '`backend.offload_parameters` must be "cpu" or null where a group is frozen, but is "nvme", with which '
+                "DeepSpeed 0.19 fails in the second forward pass; change it"
+            )
         if self.on_nonfinite == "rollback" and self.checkpoint is None:
             yield '`on_nonfinite` must be "stop" or "skip" where nothing is saved, but is "rollback"; set `checkpoint`'
         names = [group.name for group in self.param_groups]

@@ -1,0 +1,73 @@
+"""SIGTERM and SIGINT under each launcher: the run saves at the end of its step, and the same command goes on."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import ENVIRONMENT, ROOT
+from test_resume import SPEC, curve
+
+from scaling.checkpoint.store import Store
+
+LAUNCHERS = {
+    "python": [sys.executable],
+    "torchrun": ["torchrun", "--nproc_per_node=2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"],
+    "deepspeed": ["deepspeed", "--num_gpus", "2"],
+}
+
+
+def command(launcher, folder, steps):
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    backend = {"kind": "single"} if launcher == "python" else {"kind": "fsdp"}
+    changes = {"backend": backend, "max_steps": steps, "checkpoint": {"interval": 10**6, "best": False}}
+    folder.with_suffix(".json").write_text(json.dumps(SPEC | changes | {"validation": None}))
+    more = ["--master_port", str(port)] if launcher == "deepspeed" else []
+    words = ["launch/train.py", "--spec", str(folder.with_suffix(".json")), "--run-dir", str(folder)]
+    return [*LAUNCHERS[launcher], *more, *words]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "to_all"),
+    [("python", "SIGTERM", False), ("torchrun", "SIGTERM", False), ("deepspeed", "SIGINT", True)],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, launcher, number, to_all):
+    """To the launcher alone, as a scheduler sends it, or to the whole group, as Ctrl-C does."""
+    folder = tmp_path / "run"
+    run = subprocess.Popen(
+        command(launcher, folder, 100_000),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_bytes().count(b"\n") < 3:
+        assert time.monotonic() < deadline and run.poll() is None, run.stdout.read()
+        time.sleep(0.05)
+    (os.killpg if to_all else os.kill)(run.pid, getattr(signal, number))
+    output = run.communicate(timeout=60)[0]
+    ended = json.loads((folder / "exit.json").read_text())
+    assert ended["code"] == 75 and f"{number}: the run stops after this step" in output
+    assert launcher != "python" or run.returncode == 75
+    step = ended["step"]
+    assert Store(folder / "checkpoints").steps() == [step] and [row[0] for row in curve(folder)] == [
+        *range(1, step + 1)
+    ]
+
+    whole = tmp_path / "whole"
+    for place in (folder, whole):
+        # The schedule is that of all steps: only the end is nearer.
+        words = [*command(launcher, place, 100_000), "--stop-after", str(step + 2)]
+        done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert curve(folder) == curve(whole)
+    assert Store(folder / "checkpoints").steps() == [step, step + 2]
