@@ -9,7 +9,7 @@ import numpy as np
 
 from scaling.errors import UserError
 
-_ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 """What GPT-2 and Qwen, Llama 2 and T5, Llama 3, and Gemma call the token between two documents."""
 
 
@@ -63,7 +63,7 @@ def _open_file(path: Path) -> Tokenizer:
     # Some files carry the settings of a fine-tuning run, which would cut or pad every document.
     inner.no_truncation()
     inner.no_padding()
-    end = next((inner.token_to_id(token) for token in _ENDS_OF_TEXT if inner.token_to_id(token) is not None), None)
+    end = next((inner.token_to_id(token) for token in ENDS_OF_TEXT if inner.token_to_id(token) is not None), None)
     ending = [] if end is None else [end]
 
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
