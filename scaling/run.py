@@ -25,6 +25,7 @@ from scaling.watch.heartbeat import Heartbeat
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
     from scaling.checkpoint.keeper import Checkpoints, NoCheckpoints
+    from scaling.checkpoint.weights import WeightSource
     from scaling.data.dataset import Dataset
     from scaling.engine.process import Process
     from scaling.engine.protocol import Engine
@@ -98,10 +99,11 @@ def run(
     last_step = min(stop_after or max_steps, max_steps)
     identity = _identity(job, process, dataset.fingerprint)
     start = None if resume is None else _starting_point(job, process, resume, identity)
+    weights = _initial_weights(spec, process) if start is None else None
     recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
     engine = build_engine(spec, job.rendered, recipe, job.groups, process)
     with closing(engine):
-        progress = _first_state(engine, start, process)
+        progress = _first_state(engine, start, weights)
         with closing(_keeper(job, process, engine, resume, identity)) as keeper:
             recorder = _recorder(job, process, sinks, progress.step, last_step, heartbeat)
             with closing(recorder):
@@ -296,14 +298,35 @@ def _starting_point(job: Job, process: "Process", resume: Resume, identity: dict
     return folder
 
 
-def _first_state(engine: "Engine", start: Path | None, process: "Process") -> Progress:
-    """Fill the engine from `start`. Optimizer state is made now in any case: memory that lacks is found at once."""
+def _initial_weights(spec: Spec, process: "Process") -> "WeightSource | None":
+    """What `initialize_from` names, open, and found to be of this model; before anything large is built."""
+    from scaling.checkpoint.weights import find_weights, open_weights
+
+    if spec.initialize_from is None:
+        return None
+    path = Path(spec.initialize_from)
+    if not path.exists():
+        error = CheckpointError(f"`initialize_from` must be a file or folder, but {path} does not exist; correct it")
+        error.shared = True
+        raise error
+    found = process.gather_objects(process.on_main(lambda: find_weights(path)))[0]
+    assert isinstance(found, Path)
+    logger.info(f"weights from {found}, with a fresh optimizer")
+    return open_weights(found, spec.model)
+
+
+def _first_state(engine: "Engine", start: Path | None, weights: "WeightSource | None") -> Progress:
+    """Fill the engine. Optimizer state is made now in any case: memory that lacks is found at once."""
     from scaling.checkpoint.keeper import restore
 
     if start is not None:
         return restore(engine, start)
     with engine.loading(engine.counters()):
-        pass
+        if weights is not None:
+            for shard in engine.state():
+                if shard.kind == "master":
+                    shard.values.copy_(weights.read(shard.name, shard.start, shard.values.numel()))
+            weights.close()
     return Progress()
 
 

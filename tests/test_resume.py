@@ -244,3 +244,45 @@ def test_the_same_failure_again_and_again_ends_with_7(train, tmp_path):
     folder, poison = tmp_path / "run", ("--set", "model.initializer_range=1e6", "--set", "precision=fp16")
     codes = [train(folder, *poison)[0] for _ in range(5)]
     assert codes == [4, 4, 4, 7, 7]
+
+
+STILL = ("--set", "optimizer.lr=1e-9", "--set", 'param_groups=[{"name": "all", "match": ["*"]}]')
+
+
+def test_weights_alone_are_taken_from_another_run(train, whole, tmp_path):
+    """With a fresh optimizer, from the first sample on; the run's own checkpoint counts more once there is one."""
+    folder, source = tmp_path / "tuned", ("--set", f"initialize_from={json.dumps(str(whole))}")
+    code, out, _ = train(folder, *source, *STILL, "--stop-after", "1")
+    assert code == 0 and f"weights from {whole}/checkpoints/step-00000009, with a fresh optimizer" in out
+    weights = {key: value for key, value in state(whole).items() if key.startswith("master/")}
+    tuned = state(folder, 1)
+    assert all(torch.allclose(tuned[key], value, atol=1e-7) for key, value in weights.items())
+    saved = json.loads((Store(folder / "checkpoints").path(1) / "state.json").read_text())
+    assert saved["counters"]["updates"] == 1 and saved["samples_seen"] == 6
+    code, out, _ = train(folder, *source, *STILL, "--stop-after", "2")
+    assert code == 0 and "weights from" not in out and "step-00000001" in out
+
+
+def test_weights_of_another_model_are_refused(train, whole, tmp_path):
+    source = ("--set", f"initialize_from={json.dumps(str(whole))}")
+    code, _, err = train(tmp_path / "a", *source, "--set", "model.hidden_size=32")
+    assert (
+        code == 5
+        and "`model.head_dim` must be as in the weights of `initialize_from`" in err
+        and "Traceback" not in err
+    )
+    code, _, err = train(tmp_path / "b", "--set", 'initialize_from="nowhere"')
+    assert code == 5 and "nowhere does not exist" in err
+
+
+def test_an_export_is_what_transformers_computes_with_and_can_be_gone_on_from(train, whole, tmp_path):
+    from scaling.export import main as export
+
+    assert export([str(whole), "--to", str(tmp_path / "hf")]) == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    source = ("--set", f"initialize_from={json.dumps(str(tmp_path / 'hf'))}")
+    assert train(tmp_path / "tuned", *source, *STILL, "--stop-after", "1")[0] == 0
+    weights = {key: value for key, value in state(whole).items() if key.startswith("master/")}
+    tuned = state(tmp_path / "tuned", 1)
+    assert all(torch.allclose(tuned[key], value, atol=1e-7) for key, value in weights.items())
