@@ -65,13 +65,18 @@ class TensorFiles:
                 self.entries[name] = entry
         self._files: dict[Path, IO[bytes]] = {}
 
+    def check_types(self, names: Iterable[str]) -> None:
+        """CheckpointError where one of these tensors is of a type that no weights have."""
+        for name in names:
+            entry = self.entries[name]
+            if entry.dtype not in _FLOATS:
+                types = f"weights as {', '.join(_FLOATS)}"
+                raise refused(entry.path, types, f"{name} is {entry.dtype}", "convert them, unquantized")
+
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Elements start .. start+count-1 of the flattened tensor, [count], in the type they are stored in."""
+        """Elements start .. start+count-1 of a flattened tensor of floats, [count], in the type they are stored in."""
         entry = self.entries[name]
         assert 0 <= start <= start + count <= entry.elements, (name, start, count)
-        if entry.dtype not in _FLOATS:
-            known = ", ".join(_FLOATS)
-            raise refused(entry.path, f"weights as {known}", f"{name} is {entry.dtype}", "convert them, unquantized")
         if entry.path not in self._files:
             self._files[entry.path] = open(entry.path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
         file, width = self._files[entry.path], _WIDTHS[entry.dtype]

@@ -149,6 +149,7 @@ def _open_files(path: Path, files: TensorFiles, model: Decoder) -> WeightSource:
             "`model` to its shape: layernorm, gelu_new, learned positions, bias"
         )
     found = {name: files.entries[there].shape for name, there in own.items()}
+    files.check_types(own.values())
 
     def read(name: str, start: int, count: int) -> Tensor:
         return files.read(own[name], start, count)
