@@ -21,15 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scaling.checkpoint.huggingface import CONFIG, OWN_CONFIG, Stored, family, layout, render_config
 from scaling.checkpoint.store import free_bytes, sync_folder, write_synced
 from scaling.data.progress import progress_in_bytes
 from scaling.errors import CheckpointError, CommandLine, StorageError, positive, run_command
+from scaling.inventory import parameters
 from scaling.units import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong command line is refused before
     from torch import Tensor
 
-    from scaling.checkpoint.huggingface import Stored
     from scaling.checkpoint.weights import CheckpointWeights
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -91,10 +92,7 @@ def export(checkpoint: Path, to: Path, *, dtype: str = "fp32", shard_bytes: int 
         try:
             os.makedirs(incomplete)
             found = _write_all(weights, incomplete, DTYPES[dtype], shard_bytes)
-            for name in sorted(os.listdir(incomplete), key=lambda name: (name.endswith(".json"), name)):
-                os.rename(incomplete / name, to / name)
-            os.rmdir(incomplete)
-            sync_folder(to)
+            _publish(incomplete, to)
             return found
         except BaseException as error:
             shutil.rmtree(incomplete, ignore_errors=True)
@@ -106,11 +104,24 @@ def export(checkpoint: Path, to: Path, *, dtype: str = "fp32", shard_bytes: int 
             raise
 
 
+def _publish(incomplete: Path, to: Path) -> None:
+    """Move what is written to where it belongs: the weights, then their index, and what says whose they are last."""
+    names = sorted(
+        os.listdir(incomplete), key=lambda name: (name in (CONFIG, OWN_CONFIG), name.endswith(".json"), name)
+    )
+    try:
+        for name in names:
+            os.rename(incomplete / name, to / name)
+        os.rmdir(incomplete)
+        sync_folder(to)
+    except BaseException:
+        for name in names:
+            (to / name).unlink(missing_ok=True)  # `to` was empty
+        raise
+
+
 def _write_all(weights: "CheckpointWeights", folder: Path, dtype: str, shard_bytes: int) -> Exported:
     import torch
-
-    from scaling.checkpoint.huggingface import family, layout, render_config
-    from scaling.checkpoint.weights import OWN_CONFIG
 
     model = weights.model
     model_type = family(model)
@@ -125,13 +136,12 @@ def _write_all(weights: "CheckpointWeights", folder: Path, dtype: str, shard_byt
         document = {"format_version": 1, "model": model.model_dump(mode="json")}
         _write_json(folder / OWN_CONFIG, document)
     else:
-        _write_json(folder / "config.json", render_config(model, model_type, dtype, end_of_text))
+        _write_json(folder / CONFIG, render_config(model, model_type, dtype, end_of_text))
     return Exported(model_type, len(stored), total, files, notes)
 
 
 def _check_complete(weights: "CheckpointWeights", checkpoint: Path) -> None:
     from scaling.checkpoint.weights import mismatch
-    from scaling.inventory import parameters
 
     found = {name: weights.shape(name) for name in weights.names()}
     if problem := mismatch(found, {p.name: p.shape for p in parameters(weights.model)}):
@@ -141,7 +151,7 @@ def _check_complete(weights: "CheckpointWeights", checkpoint: Path) -> None:
 
 
 def _write_tensors(
-    weights: "CheckpointWeights", stored: "Sequence[Stored]", folder: Path, dtype: str, shard_bytes: int
+    weights: "CheckpointWeights", stored: Sequence[Stored], folder: Path, dtype: str, shard_bytes: int
 ) -> int:
     """The tensors in as many files as it takes, with an index where there are several; returns their number."""
     import torch
@@ -177,7 +187,7 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _parts(weights: "CheckpointWeights", tensor: "Stored", dtype: Any) -> "Iterator[Callable[[], Tensor]]":
+def _parts(weights: "CheckpointWeights", tensor: Stored, dtype: Any) -> "Iterator[Callable[[], Tensor]]":
     """Functions that read the parts of a tensor, in order."""
     if tensor.transposed:
         yield partial(_transposed, weights, tensor, dtype)
@@ -186,7 +196,7 @@ def _parts(weights: "CheckpointWeights", tensor: "Stored", dtype: Any) -> "Itera
         yield partial(weights.read, member.name, 0, member.elements)
 
 
-def _transposed(weights: "CheckpointWeights", tensor: "Stored", dtype: Any) -> "Tensor":
+def _transposed(weights: "CheckpointWeights", tensor: Stored, dtype: Any) -> "Tensor":
     import torch
 
     found = torch.empty(tensor.shape, dtype=dtype)

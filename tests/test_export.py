@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ROOT, python
+from processes import ROOT, python, torchrun
 from safetensors import safe_open
 from test_models import GPT2, LLAMA, decoder_spec, random_decoder, token_ids
-from test_resume import SPEC
 from torch import Tensor, nn
 
 from scaling.checkpoint import saver, weights
@@ -27,7 +26,9 @@ from scaling.engine.protocol import FlatShard
 from scaling.errors import CheckpointError, StorageError, UserError
 from scaling.export import export, main
 from scaling.inventory import parameters
-from scaling.models.decoder import Decoder
+from scaling.models.decoder import Decoder, decoder_recipe
+from scaling.parity import BACKENDS
+from scaling.spec import load_spec
 from scaling.spec.sections import Decoder as DecoderSpec
 
 FAMILIES = [
@@ -229,18 +230,26 @@ def test_which_checkpoint_of_a_run(tmp_path, process, caplog) -> None:
             find_weights(path, which)
 
 
-def test_from_training_to_transformers_by_the_commands(tmp_path) -> None:
-    model = SPEC["model"] | {"dropout": 0.0, "activation": "swiglu"}
-    (tmp_path / "spec.json").write_text(json.dumps(SPEC | {"model": model, "max_steps": 2, "validation": None}))
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_from_training_to_transformers_by_the_commands(tmp_path, backend: str) -> None:
+    """From two ranks, with a frozen block."""
     run, out = tmp_path / "run", tmp_path / "out"
-    done = python("launch/train.py", "--spec", str(tmp_path / "spec.json"), "--run-dir", str(run))
+    settings = ("max_steps=2", "schedule.warmup_steps=1", f"backend={json.dumps(BACKENDS[backend])}")
+    changes = [argument for setting in settings for argument in ("--set", setting)]
+    source = "tests/specs/gpt-parity.json"
+    done = torchrun(2, "launch/train.py", "--spec", source, *changes, "--run-dir", str(run))
     assert done.returncode == 0, done.stderr
     done = python("-m", "scaling.export", str(run), "--to", str(out))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert "step-00000002" in done.stdout and "llama" in done.stdout
-    spec = DecoderSpec(**model)
-    ours = filled(open_weights(find_weights(run), spec), spec)
-    assert_same_logits(spec, loaded(out), ours)
+    assert "step-00000002" in done.stdout and "gpt2" in done.stdout
+
+    spec = load_spec(source)
+    ours = filled(open_weights(find_weights(run), spec.model), spec.model)
+    assert_same_logits(spec.model, loaded(out), ours)
+    recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
+    for name, value in ours.named_parameters():
+        untouched = torch.equal(value, recipe.initial_value(name, value.shape))
+        assert untouched == name.startswith("layers.1."), name
 
 
 # ---------------------------------------------------------------- the folder that is written

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from scaling.inventory import Parameter, head_dim, parameters
 from scaling.spec.sections import Decoder
 
+CONFIG, OWN_CONFIG = "config.json", "scaling_spec.json"
+"""Beside weights: which model they are of, as Hugging Face says it; or, under our own names, the spec's `model`."""
 Names = Literal["own", "llama", "gpt2"]
 """Whose names the tensors of a file have."""
 

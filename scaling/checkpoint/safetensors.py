@@ -9,7 +9,8 @@ name maps files into memory, which counts as the process's own, and has no flat 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -77,17 +78,18 @@ class TensorFiles:
         """Elements start .. start+count-1 of a flattened tensor of floats, [count], in the type they are stored in."""
         entry = self.entries[name]
         assert 0 <= start <= start + count <= entry.elements, (name, start, count)
-        if entry.path not in self._files:
-            self._files[entry.path] = open(entry.path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
-        file, width = self._files[entry.path], _WIDTHS[entry.dtype]
         values = torch.empty(count, dtype=_FLOATS[entry.dtype])
         rest = values.view(torch.uint8).numpy().data
-        file.seek(entry.offset + start * width)
-        while len(rest):
-            done = file.readinto(rest)  # pyright: ignore[reportAttributeAccessIssue] - a raw file
-            if not done:
-                raise refused(entry.path, f"the values of {name}", f"it ends {len(rest)} bytes early")
-            rest = rest[done:]
+        with reading(entry.path):
+            if entry.path not in self._files:
+                self._files[entry.path] = open(entry.path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
+            file = self._files[entry.path]
+            file.seek(entry.offset + start * _WIDTHS[entry.dtype])
+            while len(rest):
+                done = file.readinto(rest)  # pyright: ignore[reportAttributeAccessIssue] - a raw file
+                if not done:
+                    raise refused(entry.path, f"the values of {name}", f"it ends {len(rest)} bytes early")
+                rest = rest[done:]
         return values
 
     def close(self) -> None:
@@ -254,6 +256,15 @@ def _write(file: IO[bytes], values: Tensor, dtype: torch.dtype, advance: Callabl
         file.write(data.numpy().data)
         advance(data.numel())
     return values.numel()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What cannot be read in its body becomes a CheckpointError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(path, "what can be read", f"cannot be ({error.strerror or error})", "correct that") from None
 
 
 def refused(path: Path, wanted: str, problem: str, remedy: str = "download or export it again") -> CheckpointError:

@@ -17,8 +17,17 @@ import torch
 from torch import Tensor
 
 from scaling.checkpoint.format import METADATA, STATE, Reader
-from scaling.checkpoint.huggingface import Stored, behaviour, behaviour_of_config, equal, layout, recognise
-from scaling.checkpoint.safetensors import TensorFiles, files_of, read_json
+from scaling.checkpoint.huggingface import (
+    CONFIG,
+    OWN_CONFIG,
+    Stored,
+    behaviour,
+    behaviour_of_config,
+    equal,
+    layout,
+    recognise,
+)
+from scaling.checkpoint.safetensors import TensorFiles, files_of, read_json, reading
 from scaling.checkpoint.store import BEST, LATEST, MANIFEST, Store, problems_of
 from scaling.errors import CheckpointError, UserError
 from scaling.inventory import parameters, tied
@@ -27,8 +36,6 @@ from scaling.spec.sections import Decoder
 
 logger = logging.getLogger("scaling")
 
-OWN_CONFIG = "scaling_spec.json"
-"""Beside weights under our own names: `model` as in the spec."""
 _BAND = 1 << 24
 """Elements of a transposed tensor, or of two that are compared, held at a time."""
 
@@ -118,17 +125,13 @@ def open_weights(path: Path, model: Decoder) -> WeightSource:
     CheckpointError where names, shapes or what is computed with them differ from `model`; nothing of a tensor's size
     is read before (but for a head that the model has tied: it must equal the embedding).
     """
-    try:
+    with reading(path):
         if is_checkpoint(path):
             return _open_checkpoint(path, model)
         files = TensorFiles(files_of(path))
         if path.is_dir():
             _check_config(path, model)
         return _open_files(path, files, model)
-    except OSError as error:
-        raise CheckpointError(
-            f"`initialize_from` must be readable, but {error.filename or path} is not ({error.strerror}); correct it"
-        ) from None
 
 
 def _open_checkpoint(path: Path, model: Decoder) -> WeightSource:
@@ -164,7 +167,7 @@ def _check_config(folder: Path, model: Decoder) -> None:
     remedy = "name its .safetensors file, or the index of several, itself"
     if (path := folder / OWN_CONFIG).exists():
         _check_behaviour(path, behaviour(parse_model(path, read_json(path).get("model"))), model, remedy)
-    elif (path := folder / "config.json").exists():
+    elif (path := folder / CONFIG).exists():
         found = behaviour_of_config(read_json(path), model.max_position_embeddings)
         if isinstance(found, str):
             raise CheckpointError(
@@ -274,7 +277,8 @@ class CheckpointWeights:
         return self._shapes[name]
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        return self._reader.read(f"master/{name}", start, count)
+        with reading(self._reader.folder):
+            return self._reader.read(f"master/{name}", start, count)
 
     def close(self) -> None:
         self._reader.close()
