@@ -368,9 +368,10 @@ print(json.dumps(peaks))
 """
 
 
-def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path, process) -> None:
-    sizes = dict(vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=16)
-    spec = decoder_spec(**GPT2, **sizes)
+@pytest.mark.parametrize("family", [GPT2, LLAMA], ids=["gpt2, transposed", "llama"])
+def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path, process, family: dict[str, Any]) -> None:
+    sizes = dict(vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16)
+    spec = decoder_spec(**family, **sizes)
     values = {parameter.name: torch.full(parameter.shape, 0.5) for parameter in parameters(spec)}
     checkpoint = write_checkpoint(tmp_path / "c", process, spec, values)
     largest, total = 4 * 4096 * 1024, 4 * sum(value.numel() for value in values.values())

@@ -144,6 +144,14 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path) -> None:
             source.read(name, 0, 32)
 
 
+def test_a_file_that_is_gone_when_it_is_read(tmp_path) -> None:
+    folder = saved(tmp_path / "m", llama())
+    source = open_weights(folder, LLAMA_SPEC)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot be \(No such file"):
+        source.read("norm.weight", 0, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int64])
 def test_weights_that_are_no_floats(tmp_path, dtype: torch.dtype) -> None:
     tensors = llama()
