@@ -312,7 +312,11 @@ def _initial_weights(spec: Spec, process: "Process") -> "WeightSource | None":
     found = process.gather_objects(process.on_main(lambda: find_weights(path)))[0]
     assert isinstance(found, Path)
     logger.info(f"weights from {found}, with a fresh optimizer")
-    return open_weights(found, spec.model)
+    try:
+        return open_weights(found, spec.model)
+    except CheckpointError as error:
+        error.shared = True
+        raise
 
 
 def _first_state(engine: "Engine", start: Path | None, weights: "WeightSource | None") -> Progress:
