@@ -239,9 +239,17 @@ class LogFormatter(logging.Formatter):
 
 def log_to(folder: Path, rank: int) -> None:
     """Send the log of this rank to its file: train.log for rank 0, train-rank3.log for rank 3."""
-    handler = logging.FileHandler(folder / ("train.log" if rank == 0 else f"train-rank{rank}.log"), delay=True)
+    handler = _LogFile(folder / ("train.log" if rank == 0 else f"train-rank{rank}.log"), delay=True)
     handler.setFormatter(LogFormatter("%(asctime)s %(message)s"))
     logging.getLogger("scaling").addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """Says nothing about a full disk, at each line anew: the terminal has the lines, and whoever saves warns."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def _version(package: str) -> str | None:

@@ -122,10 +122,12 @@ class Checkpoints:
         if self._problem is not None:
             steps = self._store.steps()
             kept = f"the newest is {self._store.path(steps[-1])}" if steps else "there is no earlier one"
-            raise StorageError(
+            error = StorageError(
                 f"`--run-dir` must have room for the last checkpoint, but saving step {self._problem.step} failed "
                 f"({self._problem.problem}); {kept}: make room and run the same command again"
             )
+            error.shared = True
+            raise error
 
     def go_back(self, engine: Engine) -> Progress:
         """Restore the newest whole checkpoint of this run."""

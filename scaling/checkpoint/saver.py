@@ -52,6 +52,8 @@ class Saver:
     def __init__(self, store: Store, process: Process, *, asynchronous: bool) -> None:
         self._store = store
         self._process = process
+        self._place = store.place() if process.is_main and store.folder.is_dir() else None
+        """Which folder the run began with."""
         self._asynchronous = asynchronous
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup), "all ranks are in it"
@@ -119,7 +121,12 @@ class Saver:
         """Rank 0 looks for room and makes the folder; all raise where it cannot."""
 
         def begin() -> Path:
-            os.makedirs(self._store.folder, exist_ok=True)
+            if self._place is None:
+                os.makedirs(self._store.folder, exist_ok=True)
+                self._place = self._store.place()
+            if self._store.place() != self._place:
+                # A mount is gone, say: nobody would look for what is written to the empty folder below it.
+                raise OSError(errno.ESTALE, "the folder is not the one that the run began with", self._store.folder)
             if free_bytes(self._store.folder) < total + _SLACK_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self._store.begin(step)

@@ -57,6 +57,11 @@ class Store:
         """Where the checkpoint of `step` is, or would be."""
         return self.folder / step_name(step)
 
+    def place(self) -> tuple[int, int]:
+        """Device and inode of the folder: another one under the same name is another folder."""
+        found = os.stat(self.folder)
+        return found.st_dev, found.st_ino
+
     def clean(self) -> None:
         """Remove what a killed process has left."""
         for pattern in (".incomplete-*", ".removed-*", ".pointer-*"):
