@@ -310,7 +310,7 @@ def _written_code(folder: Path, launch: runs.Launch) -> int | None:
     try:
         return json.loads((folder / "exit.json").read_text())["code"]
     except (OSError, ValueError):
-        return 6 if "`--run-dir` must have room" in launch.output() else None
+        return 6 if "exitcode  : 6" in launch.output() else None  # as torchrun shows it: nothing could be written
 
 
 def _warnings(launch: runs.Launch) -> int:
