@@ -262,7 +262,8 @@ def parser(check: str, description: str | None) -> argparse.ArgumentParser:
 
 def write_result(path: str | Path, check: str, result: Mapping[str, Any]) -> None:
     """Write what a check found, with the command that found it and the machine it ran on."""
-    command = " ".join(["python -m", f"benchmarks.faults.{check}", *sys.argv[1:]])
+    words = [word for word, before in zip(sys.argv[1:], sys.argv, strict=False) if "--out" not in (word, before)]
+    command = " ".join(["python -m", f"benchmarks.faults.{check}", *words])
     document = {"check": check, "command": command, "environment": environment(1, "cpu"), **result}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

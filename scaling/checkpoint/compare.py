@@ -1,5 +1,6 @@
 """Today's job beside the one that a checkpoint is of: what changed, and whether training can go on all the same."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -27,7 +28,8 @@ class Change:
     today: Any
 
     def __str__(self) -> str:
-        return f"{self.field} {_shown(self.saved)} -> {_shown(self.today)}"
+        saved, today = _shown(self)
+        return f"{self.field} {saved} -> {today}"
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,8 @@ def _other_parameters(saved: Mapping[str, Any], today: Mapping[str, Any]) -> Ite
 
 
 def _refusal(change: Change, otherwise: str) -> str:
-    return (
-        f"`{change.field}` must be as in the checkpoint ({_shown(change.saved)}), but is {_shown(change.today)}; "
-        f"put it back, or {otherwise}"
-    )
+    saved, today = _shown(change)
+    return f"`{change.field}` must be as in the checkpoint ({saved}), but is {today}; put it back, or {otherwise}"
 
 
 def _changes(saved: Any, today: Any, path: str = "") -> Iterator[Change]:
@@ -107,6 +107,13 @@ def _matches(field: str, patterns: Collection[str]) -> bool:
     return any(fnmatchcase(field, pattern) for pattern in patterns)
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _shown(change: Change) -> list[str]:
+    """Both values, long ones cut to where they begin to differ."""
+    texts = [repr(change.saved), repr(change.today)]
+    same = len(os.path.commonprefix(texts))
+    return [_cut(text, max(0, same - 20) if max(map(len, texts)) > 60 else 0) for text in texts]
+
+
+def _cut(text: str, start: int) -> str:
+    shown = text[start : start + 54]
+    return "..." * (start > 0) + shown + "..." * (start + len(shown) < len(text))
