@@ -49,7 +49,7 @@ FAULTS: tuple[tuple[str, str, str, str], ...] = (
     (
         "E1",
         "restored at another backend or number of ranks: every master and moment bit-equal",
-        "no DeepSpeed state",
+        _UNKNOWN,
         "another number of ranks only after an offline conversion; no FSDP",
     ),
     (
@@ -60,8 +60,8 @@ FAULTS: tuple[tuple[str, str, str, str], ...] = (
     ),
     ("E3", "moves between backends and sizes, fp32", _UNKNOWN, _UNKNOWN),
     ("chain", "six backends and sizes in a row", _UNKNOWN, _UNKNOWN),
-    ("E5", "the order of samples over sizes and resumes", "no data position", "no data position"),
-    ("E6", "batch, sequence, data or seed changed on resume", "not looked at", "not looked at"),
+    ("E5", "the order of samples over sizes and resumes", _UNKNOWN, "no data position in its checkpoints"),
+    ("E6", "batch, sequence, data or seed changed on resume", _UNKNOWN, _UNKNOWN),
     (
         "F1",
         "NaN on one rank",
@@ -73,7 +73,7 @@ FAULTS: tuple[tuple[str, str, str, str], ...] = (
         "F6",
         "a rank hangs",
         "error after the process group's time-out (30 minutes), the rank not named",
-        "the same",
+        _UNKNOWN,
     ),
     ("F8", "`kill -9` of the launcher", "torchrun: both workers were still stepping 6 s later", _UNKNOWN),
     ("S2", "a misspelt key in the configuration", "-", "unknown keys are accepted"),
@@ -81,7 +81,7 @@ FAULTS: tuple[tuple[str, str, str, str], ...] = (
         "S5",
         "a checkpoint with code in it",
         "`.metadata` and plain entries run it; absolute paths are read",
-        "`pickle` by default",
+        _UNKNOWN,
     ),
 )
 NOT_RUN = (

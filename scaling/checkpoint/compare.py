@@ -1,6 +1,5 @@
 """Today's job beside the one that a checkpoint is of: what changed, and whether training can go on all the same."""
 
-import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -110,7 +109,7 @@ def _matches(field: str, patterns: Collection[str]) -> bool:
 def _shown(change: Change) -> list[str]:
     """Both values, long ones cut to where they begin to differ."""
     texts = [repr(change.saved), repr(change.today)]
-    same = len(os.path.commonprefix(texts))
+    same = next((at for at, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), min(map(len, texts)))
     return [_cut(text, max(0, same - 20) if max(map(len, texts)) > 60 else 0) for text in texts]
 
 
