@@ -24,7 +24,7 @@ ENTRY_POINTS = ("scaling.train", "scaling.export", "scaling.parity", "scaling.sp
 BACKENDS = {"DeepSpeed", "FSDP", "DDP", "Single"}
 DISPATCH = {"render/__init__.py", "engine/build.py"}
 """One `match` on the backend per direction: spec -> dict, spec -> engine."""
-LEGALITY = {"batch.py"}
+LEGALITY = {"batch.py", "spec/sections.py"}
 """May ask for a backend's own rule about the number of ranks; it chooses nothing."""
 
 

@@ -43,8 +43,9 @@ def build_deepspeed(
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in frozen)
     prepare_blocks(model, recipe.blocks, checkpointing=spec.activation_checkpointing, compiled=spec.compile)
-    if spec.compile and stage3:
-        # Parameters gathered block by block: hooks on every layer inside would break every graph.
+    if stage3 and (spec.compile or spec.activation_checkpointing == "selective"):
+        # Parameters gathered block by block: hooks on every layer inside would break every graph, and what they run
+        # would count among the operations that selective checkpointing expects to find again.
         deepspeed.utils.set_z3_leaf_modules(model, {type(model.get_submodule(path)) for path in recipe.blocks})
     optimizer = build_adamw(parameters, groups, spec.optimizer)
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered, dist_init_required=False)

@@ -561,11 +561,16 @@ class Spec(Section):
                 '`model.vocab_size` must be at least 256 for the tokenizer "bytes", '
                 f"but is {self.model.vocab_size}; set it to 256"
             )
-        offloads = isinstance(self.backend, DeepSpeed) and self.backend.offload_parameters == "nvme"
-        if offloads and any(group.freeze for group in self.param_groups):
+        backend = self.backend
+        if (
+            isinstance(backend, DeepSpeed)
+            and backend.offload_parameters == "nvme"
+            and backend.prefetch_bucket_size != 0
+            and any(group.freeze for group in self.param_groups)
+        ):
             yield (
-                '`backend.offload_parameters` must be "cpu" or null where a group is frozen, but is "nvme", with which '
-                "DeepSpeed 0.19 fails in the second forward pass; change it"
+                "`backend.prefetch_bucket_size` must be 0 where a group is frozen and parameters are on nvme, but is "
+                f"{backend.prefetch_bucket_size}: DeepSpeed 0.19 reads a frozen one twice into one buffer; set it to 0"
             )
         if self.on_nonfinite == "rollback" and self.checkpoint is None:
             yield '`on_nonfinite` must be "stop" or "skip" where nothing is saved, but is "rollback"; set `checkpoint`'
