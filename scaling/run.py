@@ -277,7 +277,8 @@ def _starting_point(job: Job, process: "Process", resume: Resume, identity: dict
     newest = None if folder is None else read_state(folder)["step"]
     process.on_main(lambda: count_start(resume.folder, newest=newest, limit=limit, spec=identity["spec"]))
     if folder is None:
-        if process.is_main and (resume.folder / METRICS).stat().st_size:
+        metrics = resume.folder / METRICS
+        if process.is_main and metrics.exists() and metrics.stat().st_size:
             logger.warning(f"{resume.folder} has no checkpoint yet: the run begins again at step 1")
         return None
     found = compare(read_state(folder), identity, resume.allow_change)
