@@ -167,14 +167,16 @@ class Saver:
         self._on_main(publish)
 
     def _on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, or the OSError that it raises there, on every rank."""
+        """What `work` returns on rank 0, or what it raises there (an OSError as such), on every rank."""
         result: T | None = None
-        problem: OSError | None = None
+        problem: Exception | None = None
         if self._process.is_main:
             try:
                 result = work()
             except OSError as error:
                 problem = error
+            except Exception as error:  # of a type that may not travel between processes
+                problem = RuntimeError(f"{type(error).__name__}: {error}")
         result, problem = self._everyone((result, problem))[0]
         if problem is not None:
             raise problem

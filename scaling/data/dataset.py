@@ -30,7 +30,9 @@ class Dataset(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Says which samples these are: of another content, order or length it is another."""
+        """Says what these samples are made of: of another content it is another. Of their length and the seed, which
+        resuming compares by themselves, it says nothing.
+        """
         ...
 
     def __len__(self) -> int:

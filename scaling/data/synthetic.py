@@ -37,7 +37,7 @@ class SyntheticDataset:
 
     @property
     def fingerprint(self) -> str:
-        return repr(self)
+        return repr((self.stream, self.samples, self.vocab_size, self.masked_fraction))
 
     def __len__(self) -> int:
         return self.samples

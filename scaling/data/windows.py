@@ -87,7 +87,7 @@ class WindowDataset:
 
     @property
     def fingerprint(self) -> str:
-        parts = (*self.stream.identities(), self.start, self.stop, self.sequence_length, self.ignore_token_id)
+        parts = (*self.stream.identities(), self.start, self.stop, self.ignore_token_id)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def __len__(self) -> int:

@@ -1,0 +1,8 @@
+"""The order of the test files."""
+
+LONG = ("test_parity", "test_engine", "test_watch", "test_chaos", "test_train", "test_export", "test_stop")
+"""Begun first, so that no worker is left with one of them when the other has nothing more to do."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
