@@ -38,8 +38,10 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 """103 M parameters: GPT-2's shape with 11 layers and a smaller vocabulary."""
-EVERY = 6
+EVERY = 30
 """Steps between two saves."""
+NEIGHBOURS = 4
+"""Steps before a saving one, and after it, that it is compared with."""
 
 
 def main() -> int:
@@ -61,15 +63,19 @@ def markdown(report: dict[str, Any]) -> str:
     rows = [
         ("state", f"{format_bytes(report['bytes'])} over {report['ranks']} ranks"),
         ("copying it within memory, all ranks at once", format_seconds(report["copy_seconds"])),
-        ("a step without a save, none being written", format_seconds(steps["quiet"])),
-        ("a step while one is being written", format_seconds(steps["beside"]) if steps["beside"] else "n/a"),
-        ("a step that saves, in the background", format_seconds(steps["saving"])),
-        ("longer than its neighbours by", format_seconds(max(0.0, steps["saving"] - steps["quiet"]))),
+        ("a step while no save is being written", format_seconds(steps["quiet"])),
+        ("a step while one is being written", format_seconds(steps["beside"])),
+        (f"a step that saves in the background, {steps['saves']} of them", format_seconds(steps["saving"])),
+        (f"longer than its {2 * NEIGHBOURS} neighbours by", _with_error(steps["longer"], steps["longer_error"])),
         ("dd with fsync", f"{format_bytes(report['dd_bytes_per_second'])}/s"),
         ("a synchronous save, copying and checksums included", f"{format_bytes(report['sync_bytes_per_second'])}/s"),
         ("of dd", f"{report['sync_bytes_per_second'] / report['dd_bytes_per_second']:.0%}"),
     ]
     return "\n".join(["| what | measured |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _with_error(seconds: float, error: float) -> str:
+    return f"{seconds:.3f} s ± {error:.3f} s"
 
 
 def _launch(options: argparse.Namespace, mode: str, folder: Path) -> dict[str, Any]:
@@ -95,7 +101,7 @@ def _spec(options: argparse.Namespace, ranks: int) -> Any:
         "optimizer": {"lr": 1e-4},
         "precision": "fp32",
         "backend": BACKENDS[options.backend],
-        "max_steps": 1 + EVERY * (options.repeats + 1),
+        "max_steps": 1 + EVERY * (options.repeats + 2),
         "profile": {"interval": 1},
         "checkpoint": {"interval": EVERY, "keep_last": 1},
     }
@@ -206,18 +212,28 @@ def _train(job: Any, process: Any, folder: Path, repeats: int) -> dict[str, Any]
     run(job, process, [times] if process.is_main else [], resume=Resume(folder))
     # Step k's record is made before its save: the save of step k is in the time from record k to record k + 1.
     steps = {k: later - earlier for k, (earlier, later) in enumerate(zip(times.ends, times.ends[1:], strict=False), 1)}
-    saving = [seconds for k, seconds in steps.items() if k % EVERY == 0 and k > EVERY]
-    beside = [seconds for k, seconds in steps.items() if k % EVERY == 1 and k > EVERY]
-    quiet = [seconds for k, seconds in steps.items() if k % EVERY in (EVERY - 2, EVERY - 1) and k > EVERY]
-    medians = [statistics.median(found) if found else None for found in (saving, beside, quiet)]
-    return {"steps": dict(zip(("saving", "beside", "quiet"), medians, strict=True)), "step_seconds": steps}
+    if not steps:
+        return {}  # the other ranks' sinks see nothing
+    saves = range(2 * EVERY, max(steps) - EVERY + 1, EVERY)  # the first warms up, the last has nothing after it
+    around = {k: [steps[k + d] for d in range(-NEIGHBOURS, NEIGHBOURS + 1) if d] for k in saves}
+    longer = [steps[k] - statistics.mean(around[k]) for k in saves]
+    medians = {
+        "saving": statistics.median(steps[k] for k in saves),
+        "beside": statistics.median(steps[k + d] for k in saves for d in range(1, EVERY // 2)),
+        "quiet": statistics.median(steps[k - d] for k in saves for d in range(1, EVERY // 3)),
+        "saves": len(saves),
+        "longer": statistics.mean(longer),
+        "longer_error": statistics.stdev(longer) / len(longer) ** 0.5,
+        "longer_all": longer,
+    }
+    return {"steps": medians, "step_seconds": steps}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--backend", default="fsdp", choices=[name for name in BACKENDS if name != "single"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=10, help="saves to measure")
     parser.add_argument("--folder", default=".", help="on the disk to be measured")
     parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

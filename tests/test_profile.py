@@ -158,7 +158,6 @@ def test_tensorboard_gets_scalars(tmp_path):
 
 
 def test_the_terminal_gets_plain_lines_where_it_is_none(caplog):
-    logging.getLogger("scaling").propagate = True
     with caplog.at_level(logging.INFO, logger="scaling"):
         taker = recorder(Terminal(), interval=1)
         take(taker, 1, loss=2.5)

@@ -22,13 +22,17 @@ and `state.json` has the `shapes` to reshape them to. `Reader` below reads the s
 asks for.
 """
 
+import errno
+import fcntl
 import hashlib
 import io
 import json
+import mmap
+import os
 import pickle
 import queue
 import zipfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +121,8 @@ class _Writer(FileSystemWriter):
 
     def __init__(self, folder: Path, files: "HashingFiles") -> None:
         # One thread: DCP 2.13 loses the exceptions of further ones, a full disk among them, and publishes anyway.
-        super().__init__(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0, overwrite=False)
+        # `files` syncs what it writes.
+        super().__init__(folder, sync_files=False, thread_count=1, per_thread_copy_ahead=0, overwrite=False)
         self.fs = files
 
     def storage_meta(self) -> StorageMeta:
@@ -135,13 +140,18 @@ class _Writer(FileSystemWriter):
         return done
 
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 4 << 20
+"""Written at once, past the page cache."""
+_PART_BYTES = 1 << 18
+"""Still in the core's cache when it is copied after it was hashed."""
 
 
 class HashingFiles(FileSystem):
-    """Files that are written once, front to back, with their checksums."""
+    """Files that are written once, front to back, with their checksums, and are on the disk when they are closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, wrote: Callable[[int], None] = lambda count: None) -> None:
+        self.wrote = wrote
+        """Called with the number of bytes after each block of them."""
         self.records: dict[str, FileRecord] = {}
         """Each file that was written, by name."""
         self.error: OSError | None = None
@@ -154,6 +164,7 @@ class HashingFiles(FileSystem):
             with open(path, "xb", buffering=0) as raw:
                 stream = _HashingStream(raw, self)
                 yield stream
+                stream.finish()
         except OSError as error:
             self.error = error
             raise
@@ -161,35 +172,71 @@ class HashingFiles(FileSystem):
 
 
 class _HashingStream(io.RawIOBase):
+    """Hashes what passes, and writes it in blocks straight to the disk (O_DIRECT) where the file system can.
+
+    The page cache would cost a second copy of the state in memory, and its kernel time comes at training's expense.
+    """
+
     def __init__(self, raw: io.FileIO, files: HashingFiles) -> None:
         self._raw = raw
         self._files = files
+        self._block = mmap.mmap(-1, _BLOCK_BYTES)  # begins on a page, as O_DIRECT demands
+        self._held = 0
         self.bytes = 0
         self.digest = hashlib.sha256()
+        self._pass_cache(True)
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         size = view.nbytes
         try:
             while len(view):
-                part = view[:_BLOCK_BYTES]  # still in the core's cache when it is written after it was hashed
-                done = self._raw.write(part)  # a raw file may take less than it is given
-                self.digest.update(part[:done])
-                view = view[done:]
+                part = view[: min(_PART_BYTES, _BLOCK_BYTES - self._held)]
+                self.digest.update(part)
+                self._block[self._held : self._held + len(part)] = part
+                self._held += len(part)
+                view = view[len(part) :]
+                if self._held == _BLOCK_BYTES:
+                    self._empty()
+                    self._files.wrote(_BLOCK_BYTES)
         except OSError as error:
             self._files.error = error  # torch, which calls this, turns it into something else
             raise
         self.bytes += size
         return size
 
+    def finish(self) -> None:
+        """Bring the rest to the disk."""
+        self._pass_cache(False)  # its length is no multiple of what the disk writes
+        self._empty()
+        os.fsync(self._raw.fileno())
+
+    def _empty(self) -> None:
+        with memoryview(self._block) as block:
+            done = 0
+            while done < self._held:  # a raw file may take less than it is given
+                try:
+                    done += self._raw.write(block[done : self._held])
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not self._pass_cache(False):
+                        raise
+        self._held = 0
+
+    def _pass_cache(self, wanted: bool) -> bool:
+        """Write past the page cache from now on, or not; whether that changed anything."""
+        direct = getattr(os, "O_DIRECT", 0)
+        flags = fcntl.fcntl(self._raw, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._raw, fcntl.F_SETFL, flags | direct if wanted else flags & ~direct)
+        except OSError:  # a file system that knows nothing of it
+            return False
+        return bool(flags & direct) != wanted
+
     def writable(self) -> bool:
         return True
 
     def tell(self) -> int:
         return self.bytes
-
-    def fileno(self) -> int:
-        return self._raw.fileno()
 
 
 def _by_size(items: Sequence[WriteItem]) -> list[list[WriteItem]]:

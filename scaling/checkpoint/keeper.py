@@ -22,6 +22,9 @@ from scaling.units import format_bytes, format_seconds
 
 logger = logging.getLogger("scaling")
 
+_SPREAD_S = 60.0
+"""A checkpoint is whole after so long at most, however rarely the run saves."""
+
 
 class Keeper(Protocol):
     """What the loop may ask of the checkpoints of its run. Every rank calls it alike."""
@@ -75,6 +78,8 @@ class Checkpoints:
         self._saver = Saver(store, process, asynchronous=settings.asynchronous)
         self._saved: int | None = None
         """The last step that a save was begun for."""
+        self._saved_at = time.monotonic()
+        """When that was; before the first, when the run began."""
         self._problem: Outcome | None = None
         """How the last save failed, if it did."""
 
@@ -102,9 +107,19 @@ class Checkpoints:
         self._take(self._saver.wait())
         self._saved = progress.step
         documents = self._documents(engine, progress) if self._process.is_main else {}
-        self._saver.save(progress.step, engine.state(), documents, lambda: self._after(progress))
+        spread_s = self._spread()
+        self._saver.save(progress.step, engine.state(), documents, lambda: self._after(progress), spread_s)
         if not self._settings.asynchronous:
             self._take(self._saver.wait())
+
+    def _spread(self) -> float:
+        """Seconds over which the next save is to be written; half of what passed since the one before.
+
+        On a CPU the steps beside it would pay for a burst of writing; on a GPU they would not, and sooner is safer.
+        """
+        now = time.monotonic()
+        since, self._saved_at = now - self._saved_at, now
+        return min(_SPREAD_S, since / 2) if self._process.device.type == "cpu" else 0.0
 
     def poll(self) -> None:
         """Take note of a save that has ended since."""

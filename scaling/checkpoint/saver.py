@@ -60,25 +60,37 @@ class Saver:
         self._group = group
         self._staging = _Staging(pinned=process.device.type == "cuda")
         self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
+        """Somebody waits for the save under way."""
         self._outcome: Outcome | None = None
 
     def reserve(self, state: Iterable[FlatShard]) -> int:
         """Take the host memory that saves will need, now rather than at the first; returns the bytes of this rank."""
         return self._staging.copy(state)[1]
 
-    def save(self, step: int, state: Iterable[FlatShard], documents: Mapping[str, str], after: Callable[[], None]):
+    def save(
+        self,
+        step: int,
+        state: Iterable[FlatShard],
+        documents: Mapping[str, str],
+        after: Callable[[], None],
+        spread_s: float = 0.0,
+    ) -> None:
         """Write `state` and the `documents` (file name -> text) as the checkpoint of `step`.
 
-        Returns as soon as the state is copied. `after` runs on rank 0 once the checkpoint is whole. The outcome of the
-        save before must have been taken.
+        Returns as soon as the state is copied. `after` runs on rank 0 once the checkpoint is whole. In the background
+        the writing is spread over `spread_s` seconds, until somebody waits for its end. The outcome of the save before
+        must have been taken.
         """
         assert self._thread is None and self._outcome is None, "the outcome of the last save was not looked at"
         pieces, size = self._staging.copy(state)
+        self._hurry.clear()
 
         def work() -> None:
             if self._asynchronous:
                 _yield_cores()
-            self._outcome = self._write(step, pieces, size, documents, after)
+            wrote = self._pace(size, spread_s if self._asynchronous else 0.0)
+            self._outcome = self._write(step, pieces, size, wrote, documents, after)
 
         if self._asynchronous:
             self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
@@ -93,20 +105,40 @@ class Saver:
     def wait(self) -> Outcome | None:
         """The outcome of the last save, once; waits for its end."""
         if self._thread is not None:
+            self._hurry.set()
             self._thread.join()
             self._thread = None
         outcome, self._outcome = self._outcome, None
         return outcome
 
+    def _pace(self, size: int, seconds: float) -> Callable[[int], None]:
+        """What holds a writer back, called after each block, so that `size` bytes take `seconds`."""
+        began, done = time.monotonic(), 0
+
+        def wrote(count: int) -> None:
+            nonlocal done
+            done += count
+            ahead = began + seconds * done / size - time.monotonic()
+            if ahead > 0:
+                self._hurry.wait(ahead)
+
+        return wrote
+
     def _write(
-        self, step: int, pieces: dict[str, Pieces], size: int, documents: Mapping[str, str], after: Callable[[], None]
+        self,
+        step: int,
+        pieces: dict[str, Pieces],
+        size: int,
+        wrote: Callable[[int], None],
+        documents: Mapping[str, str],
+        after: Callable[[], None],
     ) -> Outcome:
         began = time.monotonic()
         total, folder, problem, storage = size, None, None, False
         try:
             total = sum(self._everyone(size))
             folder = self._begin(step, total)
-            files = self._write_files(folder, pieces)
+            files = self._write_files(folder, pieces, wrote)
             self._publish(step, folder, documents, files, after)
         except Exception as error:  # a thread has nobody above it: the outcome carries what happened
             storage = isinstance(error, OSError)
@@ -133,8 +165,10 @@ class Saver:
 
         return self._on_main(begin)
 
-    def _write_files(self, folder: Path, pieces: dict[str, Pieces]) -> dict[str, FileRecord]:
-        files = HashingFiles()
+    def _write_files(
+        self, folder: Path, pieces: dict[str, Pieces], wrote: Callable[[int], None]
+    ) -> dict[str, FileRecord]:
+        files = HashingFiles(wrote)
         try:
             write_tensors(folder, pieces, files, self._group)
         except CheckpointException as error:
