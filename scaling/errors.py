@@ -81,6 +81,12 @@ class Stopped(UserError):
         self.step = step
 
 
+class StoppedUnsaved(Stopped):
+    """A signal asked the run to stop, and there was no time to save."""
+
+    code = 128 + 15  # as shells report SIGTERM, which a kill would have followed
+
+
 class CommandLine(argparse.ArgumentParser):
     """An argument parser whose errors are messages like all others, and that takes no shortened options."""
 

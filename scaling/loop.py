@@ -13,13 +13,14 @@ from scaling.data.dataset import MicroBatch
 from scaling.data.hashing import derive
 from scaling.engine.process import Process
 from scaling.engine.protocol import Engine
-from scaling.errors import Stopped
+from scaling.errors import Stopped, StoppedUnsaved
 from scaling.nonfinite import NonFinitePolicy
 from scaling.objectives import Objective
 from scaling.profile.recorder import Landed, Recorder, StepResult
 from scaling.records import IGNORED, BatchPlan, Progress, ValidationRecord
 from scaling.schedule import lr_factor
 from scaling.spec.sections import AnySchedule
+from scaling.units import format_seconds
 from scaling.watch.heartbeat import Heartbeat
 
 
@@ -52,12 +53,13 @@ def train(
     *,
     validate: Callable[[int], ValidationRecord],
     stop_requested: Callable[[], bool],
+    time_left: Callable[[], float | None],
 ) -> None:
     """Take the optimizer steps of `course` that `progress` has not.
 
     `validate(steps done)` runs every `validation_interval` steps and after the last. Raises, on all ranks alike,
-    NonFinite or GoBack where the loss or the gradient of any rank is not finite, and Stopped, after saving, when any
-    rank was asked to stop.
+    NonFinite or GoBack where the loss or the gradient of any rank is not finite, and Stopped when any rank was asked to
+    stop: after saving, unless that needs more than the seconds of `time_left()`.
     """
     engine.module.train()
 
@@ -96,6 +98,8 @@ def train(
                     recorder.validation(record)
                     improved = progress.best is None or record.loss < progress.best[1]
                     progress = replace(progress, best=(progress.step, record.loss)) if improved else progress
+                if stop and not last:
+                    _check_time(process, keeper, time_left(), progress.step)
                 if stop or last or keeper.due(progress.step) or (improved and course.save_best):
                     recorder.heartbeat.beat("save")
                     keeper.save(engine, progress)
@@ -105,6 +109,19 @@ def train(
     recorder.heartbeat.beat("save")
     keeper.finish()
     recorder.heartbeat.beat("closing")
+
+
+def _check_time(process: Process, keeper: Keeper, left: float | None, step: int) -> None:
+    """StoppedUnsaved, on all ranks, where one of them would be killed before its save has ended."""
+    found = process.gather_objects((left, keeper.needs_s))
+    lefts = [seconds for seconds, _ in found if seconds is not None]
+    needs = [seconds for _, seconds in found if seconds is not None]
+    if lefts and needs and max(needs) > min(lefts):
+        raise StoppedUnsaved(
+            f"stopped by a signal after step {step}, which is not saved: saving takes {format_seconds(max(needs))}, "
+            f"and of `checkpoint.grace` {format_seconds(max(0.0, min(lefts)))} are left; the newest checkpoint stands",
+            step=step,
+        )
 
 
 def _seed_step(seed: int, step: int, process: Process) -> None:

@@ -81,6 +81,7 @@ def run(
     resume: Resume | None = None,
     heartbeat: Heartbeat | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    time_left: Callable[[], float | None] = lambda: None,
 ) -> int:
     """Train `job` in this process group, on every rank alike, up to step `stop_after` of its schedule (default: all).
 
@@ -118,6 +119,7 @@ def run(
                     (dataset, held_out),
                     (max_steps, last_step),
                     stop_requested,
+                    time_left,
                 )
     return max(last_step, progress.step)
 
@@ -133,6 +135,7 @@ def _train(
     datasets: "tuple[Dataset, Dataset | None]",
     steps: tuple[int, int],
     stop_requested: Callable[[], bool],
+    time_left: Callable[[], float | None],
 ) -> None:
     from scaling.data.loader import step_batches
     from scaling.loop import Course, train
@@ -178,6 +181,7 @@ def _train(
                     progress,
                     validate=validate,
                     stop_requested=stop_requested,
+                    time_left=time_left,
                 )
             return
         except GoBack as back:

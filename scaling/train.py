@@ -133,6 +133,7 @@ def _run_guarded(
             resume=Resume(folder, options.resume, tuple(options.allow_change)) if folder else None,
             heartbeat=watch.heartbeat,
             stop_requested=lambda: stop.requested,
+            time_left=lambda: stop.time_left(job.spec.checkpoint.grace if job.spec.checkpoint else None),
         )
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if is_lost_peer(error):

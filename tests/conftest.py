@@ -5,4 +5,6 @@ LONG = ("test_parity", "test_engine", "test_watch", "test_chaos", "test_train", 
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        item.user_properties += [("fault", marker.args[0]) for marker in item.iter_markers("fault")]
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))

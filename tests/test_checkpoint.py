@@ -117,6 +117,7 @@ def test_the_copy_is_taken_before_save_returns(tmp_path, process):
     assert torch.equal(Reader(store.path(1)).read("master/a", 0, 1000), tensors()["master/a"])
 
 
+@pytest.mark.fault("R11")
 def test_a_failure_of_the_writer_is_told_and_leaves_nothing(tmp_path, process):
     (tmp_path / "file").write_text("")
     saver = Saver(Store(tmp_path / "file"), process, asynchronous=True)
@@ -143,6 +144,7 @@ for limit in (int(sys.argv[2]), resource.RLIM_INFINITY):
 """
 
 
+@pytest.mark.fault("R11")
 @pytest.mark.parametrize("limit", [100, 5000, 14000])
 def test_a_disk_that_fills_within_a_save_is_told_and_leaves_the_earlier_one(tmp_path, limit):
     """A limit to the size of files stands for the disk: the write stops in the midst of a tensor, or of the index."""
@@ -260,6 +262,7 @@ EVIL = {
 }
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize("case", EVIL)
 def test_a_file_of_another_make_is_refused_in_one_line_and_runs_nothing(tmp_path, process, case):
     folder = save(tmp_path / "c", process)
@@ -273,6 +276,7 @@ def test_a_file_of_another_make_is_refused_in_one_line_and_runs_nothing(tmp_path
     assert not (tmp_path / "sentinel").exists()
 
 
+@pytest.mark.fault("S5 control")
 def test_the_planted_code_does_run_where_pickles_are_believed(tmp_path, process):
     folder = save(tmp_path / "c", process)
     EVIL["index-hides-code"](folder, Evil(tmp_path / "sentinel"))

@@ -20,6 +20,7 @@ def test_mutated_specs_are_accepted_or_refused_in_the_house_form():
     assert refused > 300 and findings.long_lines < 0.02 * findings.lines
 
 
+@pytest.mark.fault("S2")
 def test_every_key_misspelt_is_refused_with_the_right_one():
     findings = Findings()
     misspelt_keys(findings)
@@ -42,6 +43,7 @@ def test_a_mutant_is_a_function_of_seed_and_index():
     assert [mutant(7, i, specs) for i in range(40)] != [mutant(8, i, specs) for i in range(40)]
 
 
+@pytest.mark.fault("S3")
 def test_what_is_no_file_neither_blocks_nor_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source, codes in special_files(tmp_path).items():

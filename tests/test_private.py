@@ -50,6 +50,7 @@ def canaries_in(folder):
     return [path.name for path in files if b"CANARY" in path.read_bytes() or "CANARY" in path.name]
 
 
+@pytest.mark.fault("S7")
 def test_no_secret_is_in_the_folder_of_a_run(tmp_path):
     folder = tmp_path / "run"
     more = ("--set", 'validation={"interval": 2, "batches": 1}', "--set", "tracking.tensorboard=true")
@@ -58,6 +59,7 @@ def test_no_secret_is_in_the_folder_of_a_run(tmp_path):
     assert canaries_in(folder) == []
 
 
+@pytest.mark.fault("S7")
 def test_no_secret_is_in_the_folder_of_a_run_that_crashed_on_one(tmp_path):
     folder = tmp_path / "run"
     # One is in the spec, too: outside of a URL nobody can know it there but by its value.
@@ -94,6 +96,7 @@ def texts(value, path=()):
             yield from texts(inner, (*path, key))
 
 
+@pytest.mark.fault("S7")
 def test_a_spec_holds_no_password_in_a_url(tmp_path):
     address = "https://me:CANARY@example.org/x?y=z"
     file = tmp_path / "spec.json"
@@ -127,6 +130,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.fault("S8")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_name_of_a_run_is_the_name_of_a_folder_in_runs(name, tmp_path):
     file = tmp_path / "spec.json"
@@ -139,6 +143,7 @@ def test_the_name_of_a_run_is_the_name_of_a_folder_in_runs(name, tmp_path):
         load_spec(SPEC, [f"name={name}"])
 
 
+@pytest.mark.fault("S8")
 def test_a_run_folder_that_cannot_be_is_refused_in_one_line(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to("absent/folder")
@@ -166,6 +171,7 @@ def test_a_run_folder_that_cannot_be_is_refused_in_one_line(tmp_path):
     assert all("--run-dir" in line and " must be " in line and len(line) <= 300 for line in said[::2])
 
 
+@pytest.mark.fault("S9")
 def test_a_new_run_folder_is_its_owners_alone(tmp_path):
     before = os.umask(0o022)
     try:
@@ -190,6 +196,7 @@ def is_local(address):
     return address == "0" * 24 + "01000000"
 
 
+@pytest.mark.fault("S9")
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="looks at Linux's list of sockets")
 @pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_a_run_on_one_machine_listens_to_nobody_else(launcher, tmp_path):
@@ -213,6 +220,7 @@ def test_a_run_on_one_machine_listens_to_nobody_else(launcher, tmp_path):
     assert all(map(is_local, ranks)), ranks
 
 
+@pytest.mark.fault("S9 control")
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="looks at Linux's list of sockets")
 def test_listening_is_seen(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests"))

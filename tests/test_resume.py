@@ -240,6 +240,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_and_says_so(train
     assert curve(folder) == curve(whole)
 
 
+@pytest.mark.fault("F9")
 def test_the_same_failure_again_and_again_ends_with_7(train, tmp_path):
     folder, poison = tmp_path / "run", ("--set", "model.initializer_range=1e6", "--set", "precision=fp16")
     codes = [train(folder, *poison)[0] for _ in range(5)]

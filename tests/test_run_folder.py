@@ -99,6 +99,7 @@ def start(folder, newest, limit=3, spec="a"):
     count_start(folder, newest=newest, limit=limit, spec={"name": spec})
 
 
+@pytest.mark.fault("F9")
 def test_the_third_restart_without_progress_is_refused(tmp_path):
     for _ in range(3):
         start(tmp_path, 10)
@@ -111,6 +112,7 @@ def test_the_third_restart_without_progress_is_refused(tmp_path):
     start(tmp_path, 10)
 
 
+@pytest.mark.fault("F9")
 def test_progress_another_spec_a_good_end_and_no_limit_begin_the_count_anew(tmp_path):
     for newest in (None, None, 2, 2, 2, 4, 4):
         start(tmp_path, newest)

@@ -33,6 +33,7 @@ def command(launcher, folder, steps):
     return [*LAUNCHERS[launcher], *more, *words]
 
 
+@pytest.mark.fault("F2")
 @pytest.mark.parametrize(
     ("launcher", "number", "to_all"),
     [("python", "SIGTERM", False), ("torchrun", "SIGTERM", False), ("deepspeed", "SIGINT", True)],
@@ -71,3 +72,33 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, launcher, number,
         assert done.returncode == 0, done.stderr[-2000:]
     assert curve(folder) == curve(whole)
     assert Store(folder / "checkpoints").steps() == [step, step + 2]
+
+
+@pytest.mark.fault("F4")
+def test_a_stop_without_the_time_to_save_says_so_and_keeps_the_last_checkpoint(tmp_path):
+    """The disk is slowed down by what no checkpoint of this model would take."""
+    folder = tmp_path / "run"
+    words = command("python", folder, 100_000)
+    words += ["--set", "checkpoint.interval=5", "--set", "checkpoint.grace=1.0"]
+    slow = tmp_path / "slow" / "sitecustomize.py"
+    slow.parent.mkdir()
+    slow.write_text(
+        "import os, time\nreal = os.fsync\n"
+        "def fsync(descriptor):\n"
+        "    time.sleep(2.0 if 'distcp' in os.readlink(f'/proc/self/fd/{descriptor}') else 0)\n"
+        "    real(descriptor)\n"
+        "os.fsync = fsync\n"
+    )
+    slowed = ENVIRONMENT | {"PYTHONPATH": str(slow.parent)}
+    run = subprocess.Popen(words, cwd=ROOT, env=slowed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    store, deadline = Store(folder / "checkpoints"), time.monotonic() + 120
+    while len(store.steps()) < 2:
+        assert time.monotonic() < deadline and run.poll() is None, run.stdout.read()
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode == 143, output
+    ended = json.loads((folder / "exit.json").read_text())
+    assert (ended["code"], "which is not saved: saving takes" in ended["reason"]) == (143, True), ended
+    assert store.steps() and store.steps()[-1] < ended["step"]
+    assert "NO CHECKPOINT" not in output

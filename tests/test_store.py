@@ -95,6 +95,7 @@ def test_the_reading_is_shared_without_a_gap(tmp_path):
     assert sorted(found) == sorted(problems_of(store.path(1))) and len(found) == len(FILES)
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", MANIFEST])
 def test_a_manifest_cannot_name_what_lies_elsewhere(tmp_path, name):
     store = Store(tmp_path)
@@ -111,12 +112,14 @@ def test_extra_files_are_told_and_harmless(tmp_path):
     assert problems_of(store.path(1)) == [] and extra_files(store.path(1)) == ["notes.txt"]
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize("text", ["", "step-1", "../step-00000001", "step-00000001/..", "\0", "step-" + "9" * 50])
 def test_a_pointer_that_names_no_step_names_nothing(tmp_path, text):
     (tmp_path / LATEST).write_text(text)
     assert Store(tmp_path).pointed(LATEST) is None
 
 
+@pytest.mark.fault("R7")
 def test_retention_keeps_the_last_the_permanent_and_what_is_pointed_to(tmp_path):
     store = Store(tmp_path)
     for step in range(1, 8):
@@ -128,6 +131,7 @@ def test_retention_keeps_the_last_the_permanent_and_what_is_pointed_to(tmp_path)
     assert store.retire(keep_last=None, permanent=[]) == []
 
 
+@pytest.mark.fault("R7")
 def test_a_damaged_newer_one_does_not_count_among_the_last(tmp_path):
     store = Store(tmp_path)
     for step in (2, 4, 6, 8):
@@ -191,6 +195,7 @@ def test_a_crash_at_any_point_of_a_commit_leaves_a_whole_checkpoint(tmp_path):
     assert point > 40 and {(1, 2), (1, 2, 3), (3,)} <= seen
 
 
+@pytest.mark.fault("R4")
 def test_files_are_synced_before_the_rename_and_the_folders_around_it(tmp_path, monkeypatch):
     """The order that a loss of power asks for; the loss itself cannot be had here."""
     events = []
@@ -217,6 +222,7 @@ def test_files_are_synced_before_the_rename_and_the_folders_around_it(tmp_path, 
     assert after[0] == ("fsync", "checkpoints")
 
 
+@pytest.mark.fault("R7")
 def test_a_thousand_sequences_of_saves_crashes_and_clean_ups_never_lose_the_last_whole_one(tmp_path):
     draw = random.Random(7)
     for sequence in range(1000):

@@ -94,6 +94,7 @@ def failure(folder: Path) -> Path:
     return folder / "failures" / "attempt-0"
 
 
+@pytest.mark.fault("F6")
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
@@ -121,6 +122,7 @@ def test_a_hung_rank_is_named_and_the_run_ended(folder, fault, said):
     assert "go_wrong" in (failure(folder) / "stacks-rank-1.txt").read_text() or fault == "miss"
 
 
+@pytest.mark.fault("F6")
 @pytest.mark.parametrize("fault", ["stop", "gil"])
 def test_a_rank_that_is_alone_ends_with_the_code_of_a_hang(folder, fault):
     run = single(folder, fault)
@@ -131,6 +133,7 @@ def test_a_rank_that_is_alone_ends_with_the_code_of_a_hang(folder, fault):
     assert "go_wrong" in (failure(folder) / "stacks-rank-0.txt").read_text()
 
 
+@pytest.mark.fault("F6 control")
 def test_without_a_watchdog_it_would_hang(folder):
     run = single(folder, "sleep", '{"step": 1e9}')
     until(lambda: at_step(folder, 0, 3), 20, "third step")
@@ -141,6 +144,7 @@ def test_without_a_watchdog_it_would_hang(folder):
     until(lambda: not any(map(alive, pids(folder))), 3, "end of the watchdog")
 
 
+@pytest.mark.fault("F6 control")
 def test_a_slow_run_is_let_be(folder):
     """Four steps of 1.2 s each: all together longer than the time-out of one."""
     run = single(folder, "slow")
@@ -148,6 +152,7 @@ def test_a_slow_run_is_let_be(folder):
     assert not (folder / "exit.json").exists() and not (folder / "failures").exists()
 
 
+@pytest.mark.fault("F10")
 def test_a_clock_that_is_set_is_neither_a_hang_nor_hides_one(folder):
     run = single(folder, "clock")
     until(lambda: at_step(folder, 0, 3), 20, "third step")
@@ -157,6 +162,7 @@ def test_a_clock_that_is_set_is_neither_a_hang_nor_hides_one(folder):
     assert abs(found["time"] - time.time()) > 3000, "the clock was not set"
 
 
+@pytest.mark.fault("F6 control")
 def test_a_watchdog_that_is_stopped_for_long_sees_no_hang(folder):
     """A machine that sleeps, or a job that is suspended and goes on, stops the watchdog with the rank."""
     run = single(folder, "forever")
@@ -175,12 +181,14 @@ def test_a_watchdog_that_is_stopped_for_long_sees_no_hang(folder):
     assert run.wait(10) == 75
 
 
+@pytest.mark.fault("F6 control")
 def test_a_watchdog_that_is_killed_does_not_matter(folder):
     run = single(folder, "blind")
     assert run.wait(20) == 0
     assert not (folder / "exit.json").exists()
 
 
+@pytest.mark.fault("F7")
 @pytest.mark.parametrize(("fault", "cause"), [("die", "SIGKILL"), ("crash", "Segmentation fault")])
 def test_a_dead_rank_is_named_and_the_others_end(folder, fault, cause):
     run = torchrun(folder, fault)
@@ -199,6 +207,7 @@ def test_a_dead_rank_is_named_and_the_others_end(folder, fault, cause):
         assert "go_wrong" in (failure(folder) / "stacks-rank-1.txt").read_text()
 
 
+@pytest.mark.fault("F8")
 @pytest.mark.parametrize(
     ("launcher", "fault"), [(torchrun, "forever"), (torchrun, "unwatched"), (deepspeed, "forever")]
 )
@@ -218,6 +227,7 @@ def test_ranks_do_not_outlive_their_launcher(folder, launcher, fault):
         assert (folder / "saved-0").exists() and (folder / "saved-1").exists()
 
 
+@pytest.mark.fault("F8 control")
 def test_without_either_guard_they_would(folder):
     run = torchrun(folder, "orphan")
     until(lambda: at_step(folder, 0, 3) and at_step(folder, 1, 3), 60, "third step")
@@ -232,6 +242,7 @@ def test_without_either_guard_they_would(folder):
     until(lambda: not any(map(alive, ranks)), 3, "end")
 
 
+@pytest.mark.fault("F2")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_lets_it_save(folder, number):
     run = single(folder, "forever")
@@ -242,6 +253,7 @@ def test_the_first_signal_lets_it_save(folder, number):
     assert (folder / "saved-0").exists() and not (folder / "exit.json").exists()
 
 
+@pytest.mark.fault("F2")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_signal_ends_it_at_once(folder, number):
     run = single(folder, "sluggish", '{"step": 60}')
@@ -256,6 +268,7 @@ def test_the_second_signal_ends_it_at_once(folder, number):
     until(lambda: not any(map(alive, pids(folder))), 3, "end of the watchdog")
 
 
+@pytest.mark.fault("F3")
 def test_a_forked_worker_ignores_signals_and_its_owner_does_not_hear_them():
     program = """
 import os, signal, time
@@ -282,6 +295,7 @@ os.kill(os.getpid(), signal.SIGTERM)
     assert done.returncode == -signal.SIGTERM
 
 
+@pytest.mark.fault("F2")
 @pytest.mark.parametrize(
     ("launcher", "number", "whole_group"),
     [

@@ -107,6 +107,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
 def test_broken_files(tmp_path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
@@ -160,6 +161,7 @@ def test_weights_that_are_no_floats(tmp_path, dtype: torch.dtype) -> None:
     assert "model.norm.weight is " in message and "convert them, unquantized" in message
 
 
+@pytest.mark.fault("S5")
 def test_a_pipe_is_not_waited_for(tmp_path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     assert "is no file" in refusal(tmp_path)
@@ -181,6 +183,7 @@ class Evil:
         return os.mkdir, (str(self.sentinel),)
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.safetensors"])
 def test_a_pickle_is_not_run(tmp_path, name: str) -> None:
     folder = tmp_path / "m"
@@ -198,6 +201,7 @@ def test_a_pickle_is_not_run(tmp_path, name: str) -> None:
     assert (tmp_path / "ran").exists(), "it would have run"
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize(
     "place", ["../x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "x.bin", "", "..", "x\0.safetensors"]
 )
@@ -225,6 +229,7 @@ def test_an_index_whose_file_is_gone_or_has_a_tensor_twice(tmp_path) -> None:
     assert "tensors that no other file has" in refusal(tmp_path)
 
 
+@pytest.mark.fault("S5")
 def test_links_out_of_the_folder(tmp_path) -> None:
     """They are refused but for those that Hugging Face's cache is made of."""
     save_file(llama(), tmp_path / "elsewhere.safetensors")

@@ -22,6 +22,7 @@ LONG = {
     "corruption": "corruption",
     "nonfinite": "nonfinite --places 5",
     "moves": "moves",
+    "suite": "suite",
 }
 FAST = {
     **{f"chaos-{b}-2": f"chaos --backend {b} --kills 5 --steps 60" for b in ("fsdp", "zero1", "zero2", "zero3")},
@@ -30,6 +31,7 @@ FAST = {
     "corruption": "corruption",
     "nonfinite": "nonfinite --places 1",
     "moves": "moves --only chain,order,changed",
+    "suite": "suite",
 }
 
 

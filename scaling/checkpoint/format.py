@@ -33,6 +33,7 @@ import pickle
 import queue
 import zipfile
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,8 +164,11 @@ class HashingFiles(FileSystem):
         try:
             with open(path, "xb", buffering=0) as raw:
                 stream = _HashingStream(raw, self)
-                yield stream
-                stream.finish()
+                try:
+                    yield stream
+                    stream.finish()
+                finally:
+                    stream.stop()
         except OSError as error:
             self.error = error
             raise
@@ -174,14 +178,17 @@ class HashingFiles(FileSystem):
 class _HashingStream(io.RawIOBase):
     """Hashes what passes, and writes it in blocks straight to the disk (O_DIRECT) where the file system can.
 
-    The page cache would cost a second copy of the state in memory, and its kernel time comes at training's expense.
+    The page cache would cost a second copy of the state in memory, and its kernel time comes at training's expense. A
+    thread writes one block while the next is hashed.
     """
 
     def __init__(self, raw: io.FileIO, files: HashingFiles) -> None:
         self._raw = raw
         self._files = files
-        self._block = mmap.mmap(-1, _BLOCK_BYTES)  # begins on a page, as O_DIRECT demands
+        self._block, self._other = _new_block(), None
         self._held = 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
         self.bytes = 0
         self.digest = hashlib.sha256()
         self._pass_cache(True)
@@ -197,7 +204,7 @@ class _HashingStream(io.RawIOBase):
                 self._held += len(part)
                 view = view[len(part) :]
                 if self._held == _BLOCK_BYTES:
-                    self._empty()
+                    self._write_behind()
                     self._files.wrote(_BLOCK_BYTES)
         except OSError as error:
             self._files.error = error  # torch, which calls this, turns it into something else
@@ -207,20 +214,37 @@ class _HashingStream(io.RawIOBase):
 
     def finish(self) -> None:
         """Bring the rest to the disk."""
+        self._join()
         self._pass_cache(False)  # its length is no multiple of what the disk writes
-        self._empty()
+        self._write_block(self._block, self._held)
         os.fsync(self._raw.fileno())
 
-    def _empty(self) -> None:
-        with memoryview(self._block) as block:
+    def stop(self) -> None:
+        """End the thread, whatever became of its block."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _write_behind(self) -> None:
+        self._join()
+        if self._thread is None or self._other is None:
+            self._thread, self._other = ThreadPoolExecutor(1, "checkpoint"), _new_block()
+        self._writing = self._thread.submit(self._write_block, self._block, self._held)
+        self._block, self._other, self._held = self._other, self._block, 0
+
+    def _join(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write_block(self, block: mmap.mmap, count: int) -> None:
+        with memoryview(block) as view:
             done = 0
-            while done < self._held:  # a raw file may take less than it is given
+            while done < count:  # a raw file may take less than it is given
                 try:
-                    done += self._raw.write(block[done : self._held])
+                    done += self._raw.write(view[done:count])
                 except OSError as error:
                     if error.errno != errno.EINVAL or not self._pass_cache(False):
                         raise
-        self._held = 0
 
     def _pass_cache(self, wanted: bool) -> bool:
         """Write past the page cache from now on, or not; whether that changed anything."""
@@ -237,6 +261,10 @@ class _HashingStream(io.RawIOBase):
 
     def tell(self) -> int:
         return self.bytes
+
+
+def _new_block() -> mmap.mmap:
+    return mmap.mmap(-1, _BLOCK_BYTES)  # begins on a page, as O_DIRECT demands
 
 
 def _by_size(items: Sequence[WriteItem]) -> list[list[WriteItem]]:

@@ -31,6 +31,8 @@ class Keeper(Protocol):
 
     failed: bool
     """A save failed on this rank for a reason that will not pass; `check` on every rank then raises it."""
+    needs_s: float | None
+    """How long the last save took on this rank; None where nothing is known, or nothing is saved."""
 
     def due(self, step: int) -> bool: ...
     def save(self, engine: Engine, progress: Progress) -> None: ...
@@ -43,6 +45,7 @@ class NoCheckpoints:
     """Keeps nothing: for runs whose spec says so, and for comparisons."""
 
     failed = False
+    needs_s: float | None = None
 
     def due(self, step: int) -> bool:
         return False
@@ -71,6 +74,7 @@ class Checkpoints:
 
     def __init__(self, store: Store, settings: Checkpoint, process: Process, identity: Mapping[str, Any]) -> None:
         self.failed = False
+        self.needs_s: float | None = None
         self._store = store
         self._settings = settings
         self._process = process
@@ -161,6 +165,7 @@ class Checkpoints:
         if outcome is None:
             return
         self._problem = outcome if outcome.problem else None
+        self.needs_s = self.needs_s if outcome.problem else outcome.seconds - outcome.paused
         self.failed = outcome.problem is not None and not outcome.storage
         if not self._process.is_main:
             return

@@ -44,6 +44,8 @@ class Outcome:
     """None: the checkpoint is whole."""
     storage: bool = False
     """The problem is one of storage (full, read-only, gone), which may pass."""
+    paused: float = 0.0
+    """Of the seconds, those in which this rank held back."""
 
 
 class Saver:
@@ -62,6 +64,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
         """Somebody waits for the save under way."""
+        self._paused = 0.0
         self._outcome: Outcome | None = None
 
     def reserve(self, state: Iterable[FlatShard]) -> int:
@@ -113,14 +116,15 @@ class Saver:
 
     def _pace(self, size: int, seconds: float) -> Callable[[int], None]:
         """What holds a writer back, called after each block, so that `size` bytes take `seconds`."""
-        began, done = time.monotonic(), 0
+        began, done, self._paused = time.monotonic(), 0, 0.0
 
         def wrote(count: int) -> None:
             nonlocal done
             done += count
-            ahead = began + seconds * done / size - time.monotonic()
-            if ahead > 0:
+            now = time.monotonic()
+            if (ahead := began + seconds * done / size - now) > 0:
                 self._hurry.wait(ahead)
+                self._paused += time.monotonic() - now
 
         return wrote
 
@@ -147,7 +151,7 @@ class Saver:
                 problem += f": {format_bytes(total)} are needed, {_free(self._store.folder)} are free"
             if folder is not None and self._process.is_main:
                 self._store.discard(folder)
-        return Outcome(step, total, time.monotonic() - began, problem, storage)
+        return Outcome(step, total, time.monotonic() - began, problem, storage, self._paused)
 
     def _begin(self, step: int, total: int) -> Path:
         """Rank 0 looks for room and makes the folder; all raise where it cannot."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaling.engine.blocks import prepare_blocks
+from scaling.engine.extensions import remove_stale_locks
 from scaling.engine.optimizer import build_adamw, make_moments, moments, set_updates, updates
 from scaling.engine.process import Process
 from scaling.engine.protocol import FlatShard, cut
@@ -188,9 +189,12 @@ def _import_deepspeed(process: Process) -> Any:
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # The shared-memory op serves inference alone (`inference_all_reduce`); building it takes a compiler and 40 s at
-    # the first start on a CPU, and a process killed meanwhile leaves a lock on which every later start hangs.
+    # the first start on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if process.device.type == "cuda" else "gloo", verbose=False)
+    if process.local_rank == 0:
+        remove_stale_locks(deepspeed.ops.op_builder.all_ops.ALL_OPS)
+    process.gather_objects(None)  # until then nobody compiles, so that no lock of another rank is in question
     return deepspeed
 
 

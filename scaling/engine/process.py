@@ -46,11 +46,11 @@ class Process:
             dist.all_reduce(value)
         return value
 
-    def gather_objects(self, value: object) -> list[object]:
+    def gather_objects(self, value: T) -> list[T]:
         """`value` of every rank, in the order of ranks; a collective call through the host."""
         if self.world_size == 1:
             return [value]
-        everyone: list[object] = [None] * self.world_size
+        everyone = [value] * self.world_size
         dist.all_gather_object(everyone, value)
         return everyone
 

@@ -432,6 +432,9 @@ class Validation(Section):
     """Size of the fixed validation set, in global batches, as far as the data have that many samples."""
 
 
+Seconds = Annotated[float, Field(gt=0, le=1e7)]
+
+
 class Checkpoint(Section):
     """When the state of training is saved, and which of the saved states are kept."""
 
@@ -448,9 +451,9 @@ class Checkpoint(Section):
     restart_limit: Annotated[int, Field(ge=1, le=2**20)] | None = 3
     """A run that is started again this many times after a failure, with no newer checkpoint in between, ends with exit
     code 7; null lets it try for ever."""
-
-
-Seconds = Annotated[float, Field(gt=0, le=1e7)]
+    grace: Seconds | None = None
+    """Seconds that the scheduler gives between asking a run to stop and killing it. A stop that finds less of them left
+    than the save before took begins none, and ends with exit code 143; null: it always saves."""
 
 
 class Timeouts(Section):

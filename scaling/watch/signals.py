@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -32,6 +33,8 @@ class StopRequest:
         """`notify(signal)` is called once, in another thread, as soon as the first arrives."""
         self.received: signal.Signals | None = None
         """The first signal."""
+        self.received_at: float | None = None
+        """When it came, by time.monotonic."""
         self._notify = notify
         self._reader, self._writer = socket.socketpair()
         self._closed = threading.Event()
@@ -44,6 +47,12 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether this rank was asked to stop. Other ranks may have been, and this one not: agree on it."""
         return self.received is not None
+
+    def time_left(self, grace_s: float | None) -> float | None:
+        """Seconds of `grace_s` that are left since the request; None without a request, or without a limit."""
+        if grace_s is None or self.received_at is None:
+            return None
+        return self.received_at + grace_s - time.monotonic()
 
     def done(self) -> None:
         """What a stop asks for is done: ignore what a launcher may still send on the way out. In the main thread."""
@@ -78,6 +87,7 @@ class StopRequest:
             if not byte:
                 return
             if byte[0] in _SIGNALS:
+                self.received_at = time.monotonic()
                 self.received = signal.Signals(byte[0])
         self._notify(self.received)
         if self._closed.wait(_ECHO_S):
