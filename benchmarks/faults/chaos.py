@@ -23,6 +23,8 @@ from scaling.run_folder import METRICS
 MOMENTS = {"save": 0.5, "training": 0.4, "start": 0.1}
 """When kills are aimed at, and how often: while a checkpoint is written, at any time, before the first step."""
 _POLL_S = 0.001
+_WIDTH = 256
+"""Of the model: a rank's share of a checkpoint is written in several blocks."""
 
 
 @dataclass
@@ -167,6 +169,7 @@ def end_problems(folder: Path, reference: dict[int, dict[str, Any]], final: dict
 def command(options: argparse.Namespace, folder: Path) -> list[str]:
     """What is started, again and again."""
     settings = [f"max_steps={options.steps}", f"checkpoint.interval={options.interval}"]
+    settings += [f"model.hidden_size={_WIDTH}", f"model.intermediate_size={4 * _WIDTH}"]
     return runs.training(options.backend, options.ranks, folder, settings)
 
 
@@ -250,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     parser.add_argument("--interval", type=int, default=3, help="steps between checkpoints")
     parser.add_argument("--most-steps", type=int, default=12, help="steps that a start gets to take at most")
-    parser.add_argument("--save-span", type=float, default=0.06, help="seconds that a save gets at most")
+    parser.add_argument("--save-span", type=float, default=0.15, help="seconds that a save gets at most")
     parser.add_argument("--limit-s", type=float, default=7200, help="begin nothing after so many seconds")
     parser.add_argument("--out", help="write the result as JSON")
     return parser
