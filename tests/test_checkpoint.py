@@ -1,12 +1,16 @@
 """One checkpoint's files: written by a saver, read by us and by torch alone, and refused where they are not ours."""
 
+import fcntl
+import hashlib
 import io
 import itertools
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -19,9 +23,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from scaling.checkpoint import format as checkpoint_format
 from scaling.checkpoint import saver as checkpoint_saver
-from scaling.checkpoint.format import Reader, read_state
+from scaling.checkpoint.format import HashingFiles, Reader, read_state
 from scaling.checkpoint.saver import Saver
-from scaling.checkpoint.store import Store, problems_of
+from scaling.checkpoint.store import FileRecord, Store, problems_of
 from scaling.engine.process import Process
 from scaling.engine.protocol import FlatShard
 from scaling.errors import CheckpointError
@@ -126,6 +130,48 @@ def test_a_failure_of_the_writer_is_told_and_leaves_nothing(tmp_path, process):
     assert outcome.storage and "File exists" in outcome.problem
 
 
+@pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, 3 * 4096, 50_001])
+def test_blocks_go_straight_to_the_disk_and_the_rest_follows(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(checkpoint_format, "_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(checkpoint_format, "_PART_BYTES", 1000)
+    direct, real = [], checkpoint_format._HashingStream._write_block
+
+    def write_block(stream, block, count):
+        real(stream, block, count)
+        if count == 4096:
+            direct.append(bool(fcntl.fcntl(stream._raw, fcntl.F_GETFL) & os.O_DIRECT))
+
+    monkeypatch.setattr(checkpoint_format._HashingStream, "_write_block", write_block)
+    data, told = random.Random(7).randbytes(length), []
+    files = HashingFiles(told.append)
+    with files.create_stream(tmp_path / "a", "wb") as stream:
+        for start in range(0, length, 700):
+            assert stream.tell() == start
+            stream.write(memoryview(data)[start : start + 700])
+    assert (tmp_path / "a").read_bytes() == data
+    assert files.records["a"] == FileRecord(length, hashlib.sha256(data).hexdigest())
+    assert told == [4096] * (length // 4096) and direct == [can_pass_the_cache(tmp_path)] * (length // 4096)
+
+
+def can_pass_the_cache(folder: Path) -> bool:
+    try:
+        os.close(os.open(folder / "probe", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+def test_a_writer_that_holds_back_hurries_when_waited_for(tmp_path, process, monkeypatch):
+    monkeypatch.setattr(checkpoint_format, "_BLOCK_BYTES", 4096)
+    saver, store = Saver(Store(tmp_path), process, asynchronous=True), Store(tmp_path)
+    saver.save(1, shards(tensors()), DOCUMENTS, lambda: None, spread_s=1000.0)
+    time.sleep(0.5)
+    assert saver.poll() is None and store.steps() == []
+    outcome = saver.wait()
+    assert outcome.problem is None and 0.2 < outcome.paused <= outcome.seconds < 60
+    assert problems_of(store.path(1)) == []
+
+
 FULL = """
 import resource, signal, sys, torch, torch.distributed as dist
 sys.path.insert(0, "tests")
@@ -133,6 +179,7 @@ from test_checkpoint import *
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 process = Process(0, 1, 0, 1, torch.device("cpu"))
 folder = Path(sys.argv[1])
+checkpoint_format._BLOCK_BYTES = int(sys.argv[3])
 save(folder, process, step=1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit in (int(sys.argv[2]), resource.RLIM_INFINITY):
@@ -146,9 +193,11 @@ for limit in (int(sys.argv[2]), resource.RLIM_INFINITY):
 
 @pytest.mark.fault("R11")
 @pytest.mark.parametrize("limit", [100, 5000, 14000])
-def test_a_disk_that_fills_within_a_save_is_told_and_leaves_the_earlier_one(tmp_path, limit):
+@pytest.mark.parametrize("block", [4096, 4 << 20])
+def test_a_disk_that_fills_within_a_save_is_told_and_leaves_the_earlier_one(tmp_path, limit, block):
     """A limit to the size of files stands for the disk: the write stops in the midst of a tensor, or of the index."""
-    done = subprocess.run([sys.executable, "-c", FULL, tmp_path, str(limit)], cwd=ROOT, capture_output=True, text=True)
+    words = [sys.executable, "-c", FULL, tmp_path, str(limit), str(block)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     refused, passed = (line.split("|") for line in done.stdout.splitlines())
     assert refused[0] == "True" and refused[1].startswith("File too large on rank 0"), refused
