@@ -123,6 +123,24 @@ def test_a_hung_rank_is_named_and_the_run_ended(folder, fault, said):
 
 
 @pytest.mark.fault("F6")
+def test_ranks_in_different_collectives_are_named_with_both(folder):
+    run = torchrun(folder, "operation")
+    until(lambda: run.poll() is not None, 60, "end")
+    found = exit_of(folder)
+    assert found["code"] == 8 and found["step"] == 3, found
+    assert "waits in all_gather of [1] Float" in found["reason"] and "in all_reduce of [1] Float" in found["reason"]
+
+
+@pytest.mark.fault("F6")
+def test_ranks_with_different_shapes_end_at_once(folder):
+    """gloo aborts the process."""
+    run = torchrun(folder, "shape")
+    until(lambda: run.poll() is not None, 60, "end")
+    found = exit_of(folder)
+    assert (found["code"], found["step"]) == (9, 3) and "Aborted" in found["reason"], found
+
+
+@pytest.mark.fault("F6")
 @pytest.mark.parametrize("fault", ["stop", "gil"])
 def test_a_rank_that_is_alone_ends_with_the_code_of_a_hang(folder, fault):
     run = single(folder, fault)

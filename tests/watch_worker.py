@@ -84,7 +84,8 @@ def train(folder, fault, rank, watch, stop, collective) -> int:
             go_wrong(fault)
         watch.heartbeat.part("other")
         if not (fault == "miss" and step == FAULT_STEP and last):
-            stopping = collective.all_reduce(float(stop.requested))
+            spoilt = step == FAULT_STEP and last and fault in ("shape", "operation")
+            stopping = collective.all_reduce(float(stop.requested), fault if spoilt else "")
             if stopping:
                 (folder / f"saved-{rank}").write_text(str(step))
                 if fault == "sluggish":
@@ -132,10 +133,13 @@ class Collective:
             self.world_size = dist.get_world_size()
             self.other = dist.new_group()
 
-    def all_reduce(self, value: float) -> float:
+    def all_reduce(self, value: float, fault: str = "") -> float:
         if self.world_size == 1:
             return value
-        total = self.torch.tensor([value])
+        total = self.torch.tensor([value] * (1000 if fault == "shape" else 1))
+        if fault == "operation":
+            self.dist.all_gather([self.torch.zeros(1) for _ in range(self.world_size)], total)
+            return 0.0
         self.dist.all_reduce(total)
         return float(total)
 

@@ -76,6 +76,12 @@ FAULTS: tuple[tuple[str, str, str, str], ...] = (
         _UNKNOWN,
     ),
     ("F8", "`kill -9` of the launcher", "torchrun: both workers were still stepping 6 s later", _UNKNOWN),
+    (
+        "locks",
+        "`kill -9` of a process that compiles an op of DeepSpeed's",
+        "-",
+        "every later run waits for ever for the lock that it left",
+    ),
     ("S2", "a misspelt key in the configuration", "-", "unknown keys are accepted"),
     (
         "S5",
