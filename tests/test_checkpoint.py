@@ -21,9 +21,11 @@ from processes import ROOT
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
+from scaling.checkpoint import files as checkpoint_files
 from scaling.checkpoint import format as checkpoint_format
 from scaling.checkpoint import saver as checkpoint_saver
-from scaling.checkpoint.format import HashingFiles, Reader, read_state
+from scaling.checkpoint.files import HashingFile
+from scaling.checkpoint.format import Reader, read_state
 from scaling.checkpoint.saver import Saver
 from scaling.checkpoint.store import FileRecord, Store, problems_of
 from scaling.engine.process import Process
@@ -132,24 +134,23 @@ def test_a_failure_of_the_writer_is_told_and_leaves_nothing(tmp_path, process):
 
 @pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, 3 * 4096, 50_001])
 def test_blocks_go_straight_to_the_disk_and_the_rest_follows(tmp_path, monkeypatch, length):
-    monkeypatch.setattr(checkpoint_format, "_BLOCK_BYTES", 4096)
-    monkeypatch.setattr(checkpoint_format, "_PART_BYTES", 1000)
-    direct, real = [], checkpoint_format._HashingStream._write_block
+    monkeypatch.setattr(checkpoint_files, "_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(checkpoint_files, "_PART_BYTES", 1000)
+    direct, real = [], HashingFile._write_block
 
-    def write_block(stream, block, count):
-        real(stream, block, count)
+    def write_block(file, block, count):
+        real(file, block, count)
         if count == 4096:
-            direct.append(bool(fcntl.fcntl(stream._raw, fcntl.F_GETFL) & os.O_DIRECT))
+            direct.append(bool(fcntl.fcntl(file._raw, fcntl.F_GETFL) & os.O_DIRECT))
 
-    monkeypatch.setattr(checkpoint_format._HashingStream, "_write_block", write_block)
+    monkeypatch.setattr(HashingFile, "_write_block", write_block)
     data, told = random.Random(7).randbytes(length), []
-    files = HashingFiles(told.append)
-    with files.create_stream(tmp_path / "a", "wb") as stream:
+    with HashingFile(tmp_path / "a", told.append) as file:
         for start in range(0, length, 700):
-            assert stream.tell() == start
-            stream.write(memoryview(data)[start : start + 700])
+            assert file.bytes == start
+            file.write(memoryview(data)[start : start + 700])
     assert (tmp_path / "a").read_bytes() == data
-    assert files.records["a"] == FileRecord(length, hashlib.sha256(data).hexdigest())
+    assert file.record == FileRecord(length, hashlib.sha256(data).hexdigest())
     assert told == [4096] * (length // 4096) and direct == [can_pass_the_cache(tmp_path)] * (length // 4096)
 
 
@@ -162,7 +163,7 @@ def can_pass_the_cache(folder: Path) -> bool:
 
 
 def test_a_writer_that_holds_back_hurries_when_waited_for(tmp_path, process, monkeypatch):
-    monkeypatch.setattr(checkpoint_format, "_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(checkpoint_files, "_BLOCK_BYTES", 4096)
     saver, store = Saver(Store(tmp_path), process, asynchronous=True), Store(tmp_path)
     saver.save(1, shards(tensors()), DOCUMENTS, lambda: None, spread_s=1000.0)
     time.sleep(0.5)
@@ -179,7 +180,7 @@ from test_checkpoint import *
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 process = Process(0, 1, 0, 1, torch.device("cpu"))
 folder = Path(sys.argv[1])
-checkpoint_format._BLOCK_BYTES = int(sys.argv[3])
+checkpoint_files._BLOCK_BYTES = int(sys.argv[3])
 save(folder, process, step=1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit in (int(sys.argv[2]), resource.RLIM_INFINITY):

@@ -22,28 +22,18 @@ and `state.json` has the `shapes` to reshape them to. `Reader` below reads the s
 asks for.
 """
 
-import errno
-import fcntl
-import hashlib
 import io
 import json
-import mmap
-import os
 import pickle
-import queue
 import zipfile
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -52,10 +42,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from scaling.checkpoint.store import FileRecord
+from scaling.checkpoint.files import HashingFile
+from scaling.checkpoint.store import FileRecord, write_synced
 from scaling.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -66,220 +55,82 @@ CHUNK_BYTES = 1 << 28
 """Longest range stored in one piece, so that a reader never holds much more than it asked for."""
 
 
+@dataclass
 class Pieces:
-    """The ranges of one flat tensor that this rank writes. DCP asks it as it asks a DTensor (its `_Checkpointable`)."""
+    """The ranges of one flat tensor that this rank writes."""
 
-    def __init__(self, elements: int) -> None:
-        self.elements = elements
-        self.ranges: dict[int, Tensor] = {}
-        """Start -> values [range], on the host."""
-
-    def __create_write_items__(self, name: str, _pieces: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(name, (start,)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=chunk,
-                    properties=TensorProperties(dtype=self.ranges[start].dtype),
-                    size=torch.Size([self.elements]),
-                ),
-            )
-            for start, chunk in zip(self.ranges, self.__create_chunk_list__(), strict=True)
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [
-            ChunkStorageMetadata(torch.Size([start]), torch.Size([values.numel()]))
-            for start, values in self.ranges.items()
-        ]
+    elements: int
+    """Of the whole tensor."""
+    ranges: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """Start -> values [range], on the host."""
 
 
-def write_tensors(
-    folder: Path, pieces: Mapping[str, Pieces], files: "HashingFiles", group: dist.ProcessGroup | None
-) -> None:
-    """Write what this rank owns, each file synced, and note it in `files`; a collective call over `group`.
+@dataclass(frozen=True)
+class Written:
+    """What a rank has written, to be known to all."""
 
-    Raises torch's CheckpointException, a BaseException, on all ranks where one of them fails.
-    """
-    planner = _Planner(flatten_state_dict=False)
+    chunks: list[tuple[str, int, "_Chunk"]]
+    """Tensor, its elements, and one of its ranges."""
+    files: dict[str, FileRecord]
+    """Each file by name."""
+
+
+def write_tensors(folder: Path, pieces: Mapping[str, Pieces], rank: int, wrote: Callable[[int], None]) -> Written:
+    """Write the ranges of this rank, each file synced; `wrote(bytes)` is called now and then. Raises OSError."""
+    written = Written([], {})
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # nobody would look at them: the manifest has better ones
     try:
-        save(dict(pieces), storage_writer=_Writer(folder, files), planner=planner, process_group=group)
+        for number, part in enumerate(_by_size(pieces)):
+            name = f"__{rank}_{number}.distcp"
+            with HashingFile(folder / name, wrote) as file:
+                for key, elements, start, values in part:
+                    offset = file.bytes
+                    _save(values, file)
+                    chunk = _Chunk(start, values.numel(), values.dtype, name, offset, file.bytes - offset)
+                    written.chunks.append((key, elements, chunk))
+            written.files[name] = file.record
     finally:
         torch.serialization.set_crc32_options(before)
+    return written
 
 
-class _Planner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        return self.state_dict[index.fqn].ranges[index.offset[0]]
+def write_index(folder: Path, written: Sequence[Written]) -> FileRecord:
+    """Write the index of what all ranks have written, as DCP's FileSystemWriter does in its `finish`."""
+    tensors: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for key, elements, chunk in (found for part in written for found in part.chunks):
+        properties = TensorProperties(dtype=chunk.dtype)
+        entry = tensors.setdefault(key, TensorStorageMetadata(properties, torch.Size([elements]), []))
+        entry.chunks.append(ChunkStorageMetadata(torch.Size([chunk.start]), torch.Size([chunk.count])))
+        index = MetadataIndex(key, (chunk.start,), len(entry.chunks) - 1)
+        places[index] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
+    index = Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+    return write_synced(folder / METADATA, pickle.dumps(index))
 
 
-class _Writer(FileSystemWriter):
-    """DCP's writer, with a checksum taken of every byte on its way, and a limit to the size of files."""
-
-    def __init__(self, folder: Path, files: "HashingFiles") -> None:
-        # One thread: DCP 2.13 loses the exceptions of further ones, a full disk among them, and publishes anyway.
-        # `files` syncs what it writes.
-        super().__init__(folder, sync_files=False, thread_count=1, per_thread_copy_ahead=0, overwrite=False)
-        self.fs = files
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)  # DCP's own records the path of the folder, which is about to change
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[Any]:
-        results: list[Any] = []
-        for number, items in enumerate(_by_size(plan.items)):
-            name = f"{plan.storage_data.prefix}{number}.distcp"
-            file: queue.Queue[Any] = queue.Queue()
-            file.put((self.fs.concat_path(self.path, name), name, items))
-            results += self._write_data(planner, file).wait()
-        done: torch.futures.Future[Any] = torch.futures.Future()
-        done.set_result(results)
-        return done
+def _save(values: Tensor, file: HashingFile) -> None:
+    try:
+        torch.save(values, file)  # pyright: ignore[reportArgumentType]
+    except Exception:
+        if file.error is not None:  # torch speaks of its archive that broke off
+            raise file.error from None
+        raise
 
 
-_BLOCK_BYTES = 4 << 20
-"""Written at once, past the page cache."""
-_PART_BYTES = 1 << 18
-"""Still in the core's cache when it is copied after it was hashed."""
-
-
-class HashingFiles(FileSystem):
-    """Files that are written once, front to back, with their checksums, and are on the disk when they are closed."""
-
-    def __init__(self, wrote: Callable[[int], None] = lambda count: None) -> None:
-        self.wrote = wrote
-        """Called with the number of bytes after each block of them."""
-        self.records: dict[str, FileRecord] = {}
-        """Each file that was written, by name."""
-        self.error: OSError | None = None
-        """What went wrong with one of them."""
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Generator[Any, None, None]:
-        assert mode == "wb", mode
-        try:
-            with open(path, "xb", buffering=0) as raw:
-                stream = _HashingStream(raw, self)
-                try:
-                    yield stream
-                    stream.finish()
-                finally:
-                    stream.stop()
-        except OSError as error:
-            self.error = error
-            raise
-        self.records[Path(path).name.removesuffix(".tmp")] = FileRecord(stream.bytes, stream.digest.hexdigest())
-
-
-class _HashingStream(io.RawIOBase):
-    """Hashes what passes, and writes it in blocks straight to the disk (O_DIRECT) where the file system can.
-
-    The page cache would cost a second copy of the state in memory, and its kernel time comes at training's expense. A
-    thread writes one block while the next is hashed.
-    """
-
-    def __init__(self, raw: io.FileIO, files: HashingFiles) -> None:
-        self._raw = raw
-        self._files = files
-        self._block, self._other = _new_block(), None
-        self._held = 0
-        self._thread: ThreadPoolExecutor | None = None
-        self._writing: Future[None] | None = None
-        self.bytes = 0
-        self.digest = hashlib.sha256()
-        self._pass_cache(True)
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        size = view.nbytes
-        try:
-            while len(view):
-                part = view[: min(_PART_BYTES, _BLOCK_BYTES - self._held)]
-                self.digest.update(part)
-                self._block[self._held : self._held + len(part)] = part
-                self._held += len(part)
-                view = view[len(part) :]
-                if self._held == _BLOCK_BYTES:
-                    self._write_behind()
-                    self._files.wrote(_BLOCK_BYTES)
-        except OSError as error:
-            self._files.error = error  # torch, which calls this, turns it into something else
-            raise
-        self.bytes += size
-        return size
-
-    def finish(self) -> None:
-        """Bring the rest to the disk."""
-        self._join()
-        self._pass_cache(False)  # its length is no multiple of what the disk writes
-        self._write_block(self._block, self._held)
-        os.fsync(self._raw.fileno())
-
-    def stop(self) -> None:
-        """End the thread, whatever became of its block."""
-        if self._thread is not None:
-            self._thread.shutdown()
-
-    def _write_behind(self) -> None:
-        self._join()
-        if self._thread is None or self._other is None:
-            self._thread, self._other = ThreadPoolExecutor(1, "checkpoint"), _new_block()
-        self._writing = self._thread.submit(self._write_block, self._block, self._held)
-        self._block, self._other, self._held = self._other, self._block, 0
-
-    def _join(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def _write_block(self, block: mmap.mmap, count: int) -> None:
-        with memoryview(block) as view:
-            done = 0
-            while done < count:  # a raw file may take less than it is given
-                try:
-                    done += self._raw.write(view[done:count])
-                except OSError as error:
-                    if error.errno != errno.EINVAL or not self._pass_cache(False):
-                        raise
-
-    def _pass_cache(self, wanted: bool) -> bool:
-        """Write past the page cache from now on, or not; whether that changed anything."""
-        direct = getattr(os, "O_DIRECT", 0)
-        flags = fcntl.fcntl(self._raw, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self._raw, fcntl.F_SETFL, flags | direct if wanted else flags & ~direct)
-        except OSError:  # a file system that knows nothing of it
-            return False
-        return bool(flags & direct) != wanted
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.bytes
-
-
-def _new_block() -> mmap.mmap:
-    return mmap.mmap(-1, _BLOCK_BYTES)  # begins on a page, as O_DIRECT demands
-
-
-def _by_size(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
-    """The items in files of at most FILE_BYTES, or one item."""
-    files: list[list[WriteItem]] = []
-    room = 0
-    for item in items:
-        assert item.tensor_data is not None
-        size = item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
-        if not files or size > room:
-            files.append([])
-            room = FILE_BYTES
-        files[-1].append(item)
-        room -= size
-    return files
+def _by_size(pieces: Mapping[str, Pieces]) -> Iterator[list[tuple[str, int, int, Tensor]]]:
+    """(tensor, its elements, start, values) of each range, in files of at most FILE_BYTES, or of one range."""
+    part: list[tuple[str, int, int, Tensor]] = []
+    room = FILE_BYTES
+    for key, found in pieces.items():
+        for start, values in found.ranges.items():
+            if part and values.nbytes > room:
+                yield part
+                part, room = [], FILE_BYTES
+            part.append((key, found.elements, start, values))
+            room -= values.nbytes
+    if part:
+        yield part
 
 
 class Reader:

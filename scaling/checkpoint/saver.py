@@ -18,10 +18,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from scaling.checkpoint.format import CHUNK_BYTES, HashingFiles, Pieces, write_tensors
-from scaling.checkpoint.store import FileRecord, Store, free_bytes, write_synced
+from scaling.checkpoint.format import CHUNK_BYTES, METADATA, Pieces, Written, write_index, write_tensors
+from scaling.checkpoint.store import Store, free_bytes, write_synced
 from scaling.engine.process import Process
 from scaling.engine.protocol import FlatShard
 from scaling.units import format_bytes
@@ -142,8 +141,8 @@ class Saver:
         try:
             total = sum(self._everyone(size))
             folder = self._begin(step, total)
-            files = self._write_files(folder, pieces, wrote)
-            self._publish(step, folder, documents, files, after)
+            written = self._write_files(folder, pieces, wrote)
+            self._publish(step, folder, documents, written, after)
         except Exception as error:  # a thread has nobody above it: the outcome carries what happened
             storage = isinstance(error, OSError)
             problem = _sentence(error)
@@ -169,34 +168,32 @@ class Saver:
 
         return self._on_main(begin)
 
-    def _write_files(
-        self, folder: Path, pieces: dict[str, Pieces], wrote: Callable[[int], None]
-    ) -> dict[str, FileRecord]:
-        files = HashingFiles(wrote)
+    def _write_files(self, folder: Path, pieces: dict[str, Pieces], wrote: Callable[[int], None]) -> list[Written]:
+        """What every rank has written; all raise where one of them could not write."""
+        written, problem = Written([], {}), None
         try:
-            write_tensors(folder, pieces, files, self._group)
-        except CheckpointException as error:
-            # Raised on all ranks. What DCP passes on is often torch's complaint about the file that broke off; the
-            # reason was seen by our own stream.
-            reasons = self._everyone(files.error)
-            for rank, reason in enumerate(reasons):
-                if reason is not None:
-                    raise OSError(reason.errno, f"{reason.strerror} on rank {rank}", str(folder)) from None
-            raise RuntimeError("; ".join(f"rank {r}: {e[0]!r}" for r, e in error.failures.items())) from None
-        return files.records
+            written = write_tensors(folder, pieces, self._process.rank, wrote)
+        except OSError as error:
+            problem = OSError(error.errno, f"{error.strerror} on rank {self._process.rank}", str(folder))
+        except Exception as error:  # of a type that may not travel between processes
+            problem = RuntimeError(f"{type(error).__name__} on rank {self._process.rank}: {error}")
+        found = self._everyone((written, problem))
+        for _, problem in found:
+            if problem is not None:
+                raise problem
+        return [written for written, _ in found]
 
     def _publish(
         self,
         step: int,
         folder: Path,
         documents: Mapping[str, str],
-        files: dict[str, FileRecord],
+        written: list[Written],
         after: Callable[[], None],
     ) -> None:
-        found = self._everyone(files)
-
         def publish() -> None:
-            records = {name: record for part in found for name, record in part.items()}
+            records = {name: record for part in written for name, record in part.files.items()}
+            records[METADATA] = write_index(folder, written)
             for name, text in documents.items():
                 records[name] = write_synced(folder / name, text)
             self._store.commit(folder, step, records)
@@ -248,7 +245,7 @@ class _Staging:
                 count = min(own.values.numel() - done, room // width)
                 place = CHUNK_BYTES - room
                 memory = self._segment(number).numpy()[place : place + count * width]
-                # Not a view of the segment: of a tensor that is a part of a larger one, DCP makes another copy.
+                # Not a view of the segment: torch.save writes all of the storage that a tensor is a part of.
                 copy = torch.frombuffer(memory, dtype=own.values.dtype)
                 copy.copy_(own.values[done : done + count], non_blocking=True)
                 found.ranges[own.start + done] = copy

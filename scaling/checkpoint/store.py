@@ -207,9 +207,9 @@ def _problem_of(path: Path, record: FileRecord) -> str | None:
     return None if digest == record.sha256 else f"{path} has SHA-256 {digest} and should have {record.sha256}"
 
 
-def write_synced(path: Path, text: str) -> FileRecord:
+def write_synced(path: Path, content: str | bytes) -> FileRecord:
     """Write a file and wait until the disk has it."""
-    data = text.encode()
+    data = content.encode() if isinstance(content, str) else content
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
