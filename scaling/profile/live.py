@@ -1,0 +1,180 @@
+"""Live bytes of tensors on one device, by category and phase: what an allocator would hold, on any machine.
+
+    with LiveBytes(torch.device("cpu")) as live:
+        live.label("parameters", model.parameters())
+        with live.phase("forward"):
+            loss = model(batch)
+    live.peak            # bytes, parts by category, phase
+
+Storages are counted, not tensors: views cost nothing. A storage lives from the operation that makes it until the last
+reference to its memory is gone, autograd's among them. What a kernel allocates and frees inside one operation is not
+seen (torch.distributed._tools.mem_tracker counts in the same way, by module).
+"""
+
+import contextlib
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.distributed._tools.common_utils import get_untyped_storages
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ALLOCATION_BYTES = 512
+"""CUDA's caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+UNLABELLED = "other"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was alive at one time."""
+
+    bytes: int
+    phase: str
+    parts: dict[str, int]
+    """Bytes by category; they add up to `bytes`."""
+
+
+@dataclass
+class _Label:
+    """What a storage is; sizes that it has had share one."""
+
+    category: str
+
+
+@dataclass
+class _Span:
+    """A storage at one size: alive from one event to before another."""
+
+    label: _Label
+    bytes: int
+    born: int
+    died: float = math.inf
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts while it is entered. Not for use in several threads."""
+
+    def __init__(self, device: torch.device, *, rounding: int = ALLOCATION_BYTES) -> None:
+        super().__init__()
+        self._device = device.type
+        self._rounding = rounding
+        self._phase = self._category = UNLABELLED
+        self._spans: list[_Span] = []
+        self._known: dict[int, tuple[ref[torch.UntypedStorage], _Span]] = {}
+        self._event = self._total = 0
+        self._peaks: dict[str, tuple[int, int]] = {}
+        """Phase -> (bytes, event) of its peak."""
+        self._resize: Callable[..., Any] | None = None
+
+    @property
+    def live(self) -> dict[str, int]:
+        """Bytes alive now, by category."""
+        return self._parts(self._event)
+
+    @property
+    def peaks(self) -> dict[str, Peak]:
+        """The peak of each phase, by the labels of now."""
+        return {phase: Peak(total, phase, self._parts(event)) for phase, (total, event) in self._peaks.items()}
+
+    @property
+    def peak(self) -> Peak:
+        """The peak of all."""
+        return max(self.peaks.values(), key=lambda peak: peak.bytes, default=Peak(0, UNLABELLED, {}))
+
+    def label(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Say what these tensors are, and have been since they were made."""
+        for tensor in tensors:
+            for storage in get_untyped_storages(tensor):
+                known = self._span(storage)
+                if known is not None:
+                    known.label.category = category
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count peaks under this name."""
+        before, self._phase = self._phase, name
+        self._note(0)
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    @contextlib.contextmanager
+    def category(self, name: str) -> Iterator[None]:
+        """What is made meanwhile is of this category."""
+        before, self._category = self._category, name
+        try:
+            yield
+        finally:
+            self._category = before
+
+    def __enter__(self) -> "LiveBytes":
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        @functools.wraps(resize)
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            """FSDP2 frees gathered parameters like this, past the dispatcher."""
+            result = resize(storage, size)
+            if (known := self._span(storage)) is not None and known.bytes != self._rounded(storage.nbytes()):
+                self._end(storage._cdata)
+                self._begin(storage, known.label)
+            return result
+
+        torch.UntypedStorage.resize_ = resized  # pyright: ignore[reportAttributeAccessIssue]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                for storage in get_untyped_storages(leaf):
+                    self._span(storage)
+        return result
+
+    def _span(self, storage: torch.UntypedStorage) -> _Span | None:
+        """What is known of a storage, from now on at the latest; None for one on another device."""
+        if storage.device.type != self._device:
+            return None
+        if storage._cdata not in self._known:
+            self._begin(storage, _Label(self._category))
+        return self._known[storage._cdata][1]
+
+    def _begin(self, storage: torch.UntypedStorage, label: _Label) -> None:
+        key = storage._cdata
+        span = _Span(label, self._rounded(storage.nbytes()), self._event + 1)
+        self._known[key] = (ref(storage, lambda _: self._end(key)), span)
+        self._spans.append(span)
+        self._note(span.bytes)
+
+    def _end(self, key: int) -> None:
+        span = self._known.pop(key)[1]
+        self._note(-span.bytes)
+        span.died = self._event
+
+    def _note(self, more: int) -> None:
+        self._event += 1
+        self._total += more
+        if self._total > self._peaks.get(self._phase, (0, 0))[0]:
+            self._peaks[self._phase] = (self._total, self._event)
+
+    def _parts(self, event: int) -> dict[str, int]:
+        parts: Counter[str] = Counter()
+        for span in self._spans:
+            if span.born <= event < span.died:
+                parts[span.label.category] += span.bytes
+        return {category: count for category, count in parts.items() if count}
+
+    def _rounded(self, count: int) -> int:
+        return -(-count // self._rounding) * self._rounding
