@@ -16,6 +16,7 @@ from scaling.engine.protocol import Engine
 from scaling.errors import Stopped, StoppedUnsaved
 from scaling.nonfinite import NonFinitePolicy
 from scaling.objectives import Objective
+from scaling.profile.clock import Clock
 from scaling.profile.recorder import Landed, Recorder, StepResult
 from scaling.records import IGNORED, BatchPlan, Progress, ValidationRecord
 from scaling.schedule import lr_factor
@@ -79,7 +80,7 @@ def train(
             micro_batches = next(batches)
         loss_scale, first_sample = engine.loss_scale, progress.first_sample(course.plan)
         requests = (stop_requested(), keeper.failed)
-        result = _train_step(engine, objective, micro_batches, process, recorder, requests)
+        result = train_step(engine, objective, micro_batches, process, recorder.clock, requests)
         progress = progress.after(course.plan)
         stop = settled(recorder.step(progress, first_sample, result, lr=lr, loss_scale=loss_scale))
         keeper.poll()
@@ -129,15 +130,16 @@ def _seed_step(seed: int, step: int, process: Process) -> None:
     torch.manual_seed(derive(seed, step, process.rank) >> 1)
 
 
-def _train_step(
+def train_step(
     engine: Engine,
     objective: Objective,
     micro_batches: list[MicroBatch],
     process: Process,
-    recorder: Recorder,
+    clock: Clock,
     requests: tuple[bool, bool],
 ) -> StepResult:
-    clock, device = recorder.clock, process.device
+    """One optimizer step over the micro-batches of this rank. `requests`: to stop; to look at a save that failed."""
+    device = process.device
     targets = sum(int((batch.targets != IGNORED).sum()) for batch in micro_batches)
     targets = process.sum_over_ranks(torch.tensor(float(targets), device=device)).clamp(min=1.0)
     # Gradients are averaged over ranks; each rank's share of the sum is therefore scaled up by their number.

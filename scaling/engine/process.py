@@ -104,6 +104,21 @@ def process_from_environment(timeout_s: float = TIMEOUT_S) -> Iterator[Process]:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def rehearsed_process(world_size: int) -> Iterator[Process]:
+    """Be rank 0 of as many ranks, the others of which do not exist: collectives return at once, with own values."""
+    # Importing it makes the backend "fake" known.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    process = Process(0, world_size, 0, world_size, _device(0))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield process
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
 def _integer(name: str, default: int) -> int:
     text = os.environ.get(name, "")
     if not text:

@@ -45,6 +45,8 @@ def build_ddp(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups:
         # torch 2.13 announces another name for broadcast_buffers, which older versions lack.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         wrapped = DistributedDataParallel(model, init_sync=False, **rendered["ddp"])
+    if dist.get_backend() == "fake":  # a rehearsal, whose collectives have no result that DDP could wait for
+        wrapped.register_comm_hook(None, _as_it_is)
     _settle_buckets(wrapped, model)
     return TorchEngine(wrapped, spec, rendered, groups, process)
 
@@ -174,6 +176,15 @@ class TorchEngine:
         if self._shard_group is not None:
             dist.all_reduce(total, group=self._shard_group)
         return total.sqrt()
+
+
+def _as_it_is(
+    _: object,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage] - DDP insists on this very annotation
+) -> torch.futures.Future[Tensor]:
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def _settle_buckets(wrapped: DistributedDataParallel, model: nn.Module) -> None:

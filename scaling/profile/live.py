@@ -15,7 +15,7 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -88,13 +88,19 @@ class LiveBytes(TorchDispatchMode):
         """The peak of all."""
         return max(self.peaks.values(), key=lambda peak: peak.bytes, default=Peak(0, UNLABELLED, {}))
 
-    def label(self, category: str, tensors: Iterable[Tensor]) -> None:
-        """Say what these tensors are, and have been since they were made."""
+    def label(self, category: str, tensors: Iterable[Tensor], of: Collection[str] | None = None) -> None:
+        """Say what these tensors are, and have always been; `of`: if they were one of these categories."""
         for tensor in tensors:
             for storage in get_untyped_storages(tensor):
                 known = self._span(storage)
-                if known is not None:
+                if known is not None and (of is None or known.label.category in of):
                     known.label.category = category
+
+    def rename(self, category: str, new: str) -> None:
+        """Call what is alive now of one category by another name."""
+        for span in self._spans:
+            if span.label.category == category and span.died == math.inf:
+                span.label.category = new
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -1,0 +1,197 @@
+"""One rank of many, alone: what it would hold in memory, and how long its own work takes.
+
+    python -m scaling.rehearse --spec SPEC --world-size 8 [--steps 3] [--json FILE]
+
+Builds the engine of the spec as rank 0 of that many ranks and takes a few of its steps on made-up tokens, for real, on
+this one device. The other ranks do not exist: every collective returns at once, with this rank's own values, so memory
+is that of the real run, while losses mean nothing and communication costs no time. On a GPU the caching allocator is
+asked, on a CPU the bytes of live tensors are counted.
+"""
+
+import contextlib
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scaling.errors import CommandLine, DoesNotFit, positive, run_command
+from scaling.run import Job, device_name, resolve
+from scaling.run_folder import environment
+from scaling.spec import load_spec
+from scaling.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scaling.data.dataset import MicroBatch
+    from scaling.engine.process import Process
+    from scaling.engine.protocol import Engine
+    from scaling.profile.meter import MemoryMeter
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    job = resolve(load_spec(options.spec, options.set), options.world_size)
+    report = rehearse(job, options.steps)
+    for line in lines(report):
+        print(line)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def rehearse(job: Job, steps: int) -> dict[str, Any]:
+    """Take `steps` optimizer steps as rank 0 of `job`, the first two of which warm up and are not timed.
+
+    In a process that has no process group, and will have no other afterwards. Raises DoesNotFit where this device has
+    not enough memory.
+    """
+    import torch
+
+    from scaling.engine.process import rehearsed_process
+    from scaling.profile.meter import build_meter
+
+    with rehearsed_process(job.plan.world_size) as process:
+        meter = build_meter(process.device)
+        try:
+            with meter:
+                seconds = take_steps(job, process, meter, steps)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(
+                f"`batch.micro_batch_size` must be one that fits in memory, but {job.plan.micro_batch} does not "
+                f"({str(error).splitlines()[0]}); lower it, or shard over more ranks"
+            ) from None
+        on_gpu = process.device.type == "cuda"
+        return {
+            "rehearsed": True,
+            "spec": job.spec.name,
+            "backend": job.spec.backend.model_dump(mode="json"),
+            "activation_checkpointing": job.spec.activation_checkpointing,
+            "precision": job.spec.precision,
+            "world_size": job.plan.world_size,
+            "micro_batch_size": job.plan.micro_batch,
+            "gradient_accumulation_steps": job.plan.accumulation,
+            "sequence_length": job.plan.sequence_length,
+            "memory": meter.report(),
+            # Counting tensors one by one takes most of a CPU's time.
+            "compute_seconds": statistics.median(seconds[2:]) if on_gpu and len(seconds) > 2 else None,
+            "environment": environment(1, device_name(process)),
+        }
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    memory = report["memory"]
+    found = [
+        f"{report['spec']}: rank 0 of {report['world_size']}, {report['backend']['kind']}, micro-batch "
+        f"{report['micro_batch_size']} x {report['sequence_length']}, {report['precision']}, on "
+        f"{report['environment']['device']}; rehearsed: communication costs nothing, losses mean nothing",
+        f"peak {format_bytes(memory['peak_allocated_bytes'])}, in {memory['peak_phase']} ({memory['method']})",
+    ]
+    found += [f"  {phase:<12} {format_bytes(count):>10}" for phase, count in memory["phases"].items()]
+    if memory["parts"]:
+        found.append("of the peak")
+        found += [f"  {part:<14} {format_bytes(count):>10}" for part, count in memory["parts"].items()]
+    for name, what in (("peak_reserved_bytes", "reserved"), ("device_used_bytes", "whole process and device")):
+        if memory[name] is not None:
+            found.append(f"{what} {format_bytes(memory[name])}")
+    if report["compute_seconds"] is not None:
+        found.append(f"this rank's own work takes {format_seconds(report['compute_seconds'])} a step")
+    return found
+
+
+def take_steps(job: Job, process: "Process", meter: "MemoryMeter", steps: int) -> list[float]:
+    """Build the engine and take steps of it on made-up tokens; the seconds of each."""
+    import torch
+
+    from scaling.engine.build import build_engine
+    from scaling.loop import train_step
+    from scaling.models.decoder import decoder_recipe
+    from scaling.objectives import build_objective
+
+    spec = job.spec
+    objective = build_objective(spec.objective, job.allow_import)
+    recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
+    with meter.phase("build"):
+        engine = build_engine(spec, job.rendered, recipe, job.groups, process)
+        with engine.loading(engine.counters()):
+            pass
+    seconds: list[float] = []
+    with contextlib.closing(engine), _no_gc():
+        _label_state(engine, meter)
+        engine.module.train()
+        for _ in range(steps):
+            gc.collect()
+            began = time.perf_counter()
+            train_step(engine, objective, _micro_batches(job, process, meter), process, meter.clock, (False, False))
+            if process.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+@contextlib.contextmanager
+def _no_gc() -> Iterator[None]:
+    """Collections at random moments would free tensors in reference cycles now here, now there."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _label_state(engine: "Engine", meter: "MemoryMeter") -> None:
+    """Say what the engine has built: parameters, optimizer; what else it holds are buffers for communication."""
+    from scaling.models.decoder import Head
+
+    def take_gradient(parameter: "Tensor") -> None:
+        if parameter.grad is not None:
+            # ZeRO's gradients may be views of its buckets, which are another matter.
+            meter.label("gradients", [parameter.grad], of=("activations", "workspace"))
+
+    meter.label_rest("communication")
+    meter.label("optimizer", (shard.values for shard in engine.state()))
+    parameters = list(engine.module.parameters())
+    meter.label("parameters", (parameter.detach() for parameter in parameters))
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(take_gradient)
+    for head in (module for module in engine.module.modules() if isinstance(module, Head)):
+        head.forward = _within(head.forward, meter)
+
+
+def _within(forward: "Callable[..., Tensor]", meter: "MemoryMeter") -> "Callable[..., Tensor]":
+    def call(*inputs: "Tensor") -> "Tensor":
+        with meter.category("logits"):
+            return forward(*inputs)
+
+    return call
+
+
+def _micro_batches(job: Job, process: "Process", meter: "MemoryMeter") -> "list[MicroBatch]":
+    import torch
+
+    from scaling.data.dataset import MicroBatch
+
+    shape = (job.plan.micro_batch, job.plan.sequence_length)
+    with meter.phase("data"):
+        ids = [torch.randint(job.spec.model.vocab_size, shape) for _ in range(2 * job.plan.accumulation)]
+    return [MicroBatch(inputs, targets) for inputs, targets in zip(ids[::2], ids[1::2], strict=True)]
+
+
+def _parser() -> CommandLine:
+    parser = CommandLine(prog="python -m scaling.rehearse", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--spec", required=True, metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field; repeatable")
+    parser.add_argument("--world-size", type=positive, required=True, help="ranks of the run that is rehearsed")
+    parser.add_argument("--steps", type=positive, default=3, help="optimizer steps (default 3); two of them warm up")
+    parser.add_argument("--json", metavar="FILE", help="write what was found there")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
