@@ -1,0 +1,177 @@
+"""Which memory a training step holds when: autograd played with sizes in place of tensors.
+
+A `Storage` counts as alive from the line that makes it until Python lets go of it, so code that names its values as
+the model's code does holds them for as long. A `Node` keeps what its backward function needs, and `backward` runs the
+functions in the order of torch's engine (torch/csrc/autograd/engine.cpp): of those that are ready the latest made
+first, an incoming gradient freed before what was kept, and a sum of two gradients a third tensor.
+"""
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+ALLOCATION_BYTES = 512
+"""CUDA's caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+
+
+@dataclass
+class Peak:
+    """The most that was alive at one time."""
+
+    bytes: int = 0
+    phase: str = ""
+    parts: dict[str, int] = field(default_factory=dict[str, int])
+    """Bytes by category; they add up to `bytes`."""
+
+
+class Tape:
+    """Counts what is alive, in blocks of `rounding` bytes."""
+
+    def __init__(self, rounding: int = ALLOCATION_BYTES) -> None:
+        self.rounding = rounding
+        self.live: Counter[str] = Counter()
+        """Bytes by category."""
+        self.total = 0
+        self.peaks: dict[str, Peak] = {}
+        """By phase."""
+        self.phase = self.category = "other"
+        self.nodes = itertools.count()
+
+    @property
+    def peak(self) -> Peak:
+        """The peak of all phases."""
+        return max(self.peaks.values(), key=lambda peak: peak.bytes, default=Peak())
+
+    @contextmanager
+    def during(self, phase: str, category: str) -> Iterator[None]:
+        """Count peaks under `phase`; what is made is of `category` unless it says otherwise."""
+        before, self.phase, self.category = (self.phase, self.category), phase, category
+        self.note(self.category, 0)
+        yield
+        self.phase, self.category = before
+
+    def note(self, category: str, more: int) -> None:
+        """So many bytes more of a category are alive."""
+        self.live[category] += more
+        self.total += more
+        peak = self.peaks.setdefault(self.phase, Peak(0, self.phase))
+        if self.total > peak.bytes:
+            peak.bytes, peak.parts = self.total, {name: count for name, count in self.live.items() if count}
+
+
+class Storage:
+    """Memory of one or more tensors; gone when nobody refers to it any more."""
+
+    __slots__ = ("bytes", "category", "tape")
+
+    def __init__(self, tape: Tape, count: int, category: str | None = None) -> None:
+        self.tape = tape
+        self.bytes = -(-count // tape.rounding) * tape.rounding
+        self.category = category or tape.category
+        tape.note(self.category, self.bytes)
+
+    def __del__(self) -> None:
+        self.tape.note(self.category, -self.bytes)
+
+
+Gradients = Sequence[Storage | None]
+Backward = Callable[[Storage, list[Storage]], Gradients]
+
+
+class Node:
+    """A backward function, what it keeps, and where its gradients go."""
+
+    __slots__ = ("edges", "number", "run", "saved")
+    joins = False
+    """Its result comes in parts, as views: their gradients are not added up."""
+
+    def __init__(self, tape: Tape, edges: "Sequence[Node | None]", saved: Sequence[Storage], run: "Backward") -> None:
+        self.number = next(tape.nodes)
+        self.edges = edges
+        """For each input: the node that takes its gradient; None where none is wanted."""
+        self.saved = list(saved)
+        self.run = run
+        """From the gradient of the result, and what was kept, to those of the inputs, in the order of `edges`."""
+
+
+class Split(Node):
+    """Parts of a tensor."""
+
+    __slots__ = ()
+    joins = True
+
+
+class Leaf(Node):
+    """A parameter that trains: takes its gradient over, or adds to the one that is there."""
+
+    __slots__ = ("grad",)
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__(tape, (), (), self._take)
+        self.number = -1
+        self.grad: Storage | None = None
+
+    def _take(self, gradient: Storage, _: list[Storage]) -> Gradients:
+        if self.grad is None:
+            self.grad = gradient
+        return ()
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor: its memory, its elements, and who takes its gradient."""
+
+    storage: Storage
+    elements: int
+    node: Node | None = None
+
+
+def backward(tape: Tape, root: Node, gradient: Storage) -> None:
+    """Run the backward functions from `root` on, each when all gradients of its result are there."""
+    waiting = _dependencies(root)
+    gradients: dict[int, list[Storage]] = {id(root): [gradient]}
+    del gradient
+    ready: list[tuple[int, int, Node]] = [(-root.number, 0, root)]
+    order = itertools.count(1)
+    while ready:
+        node = heapq.heappop(ready)[2]
+        # A leaf takes the gradient itself; for others it is gone before what they keep.
+        found = list(_run(node, gradients.pop(id(node))))
+        node.saved.clear()
+        for index, edge in enumerate(node.edges):
+            if edge is None:
+                continue
+            part, found[index] = found[index], None
+            assert part is not None
+            there = gradients.setdefault(id(edge), [])
+            if there and not edge.joins:
+                there[0] = Storage(tape, max(there[0].bytes, part.bytes))
+            else:
+                there.append(part)
+            del part, there
+            waiting[id(edge)] -= 1
+            if not waiting[id(edge)]:
+                first = float("-inf") if isinstance(edge, Leaf) else -edge.number
+                heapq.heappush(ready, (first, next(order), edge))  # pyright: ignore[reportArgumentType]
+
+
+def _run(node: Node, gradients: list[Storage]) -> Gradients:
+    gradient = gradients.pop()
+    return node.run(gradient, node.saved)
+
+
+def _dependencies(root: Node) -> Counter[int]:
+    """How many gradients come to each node, by its id."""
+    found: Counter[int] = Counter()
+    seen, todo = {id(root)}, [root]
+    while todo:
+        for edge in todo.pop().edges:
+            if edge is not None:
+                found[id(edge)] += 1
+                if id(edge) not in seen:
+                    seen.add(id(edge))
+                    todo.append(edge)
+    return found
