@@ -5,8 +5,9 @@ SPEC ?= gpt-stdlib
 # Ranks of the demo; empty: as many of this machine's GPUs as the spec's batch allows, or two processes on the CPU.
 RANKS ?=
 RUN_DIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
-# Two workers; a file stays on one of them, since its tests may share a launch of several processes.
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# Two workers; a file stays on one of them, since its tests may share a launch of several processes, and the long ones
+# come first (tests/conftest.py).
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(abspath $(VENV))/bin
 COUNT_RANKS := import torch; from scaling.batch import legal_world_sizes; from scaling.spec import load_spec; \

@@ -15,10 +15,10 @@ def run(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
 
-def torchrun(world_size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(world_size: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc_per_node=N …`, on a port of its own so that several can run at once."""
     rendezvous = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
-    return run("torchrun", f"--nproc_per_node={world_size}", *rendezvous, *arguments)
+    return run("torchrun", f"--nproc_per_node={world_size}", *rendezvous, *arguments, timeout=timeout)
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,8 @@ def launch(out, case, names, nvme_path="-", *assignments):
     spec, world_size, precision = case
     batch = f'batch={{"global_batch_size": {12 * world_size}, "micro_batch_size": 6}}'
     worker = ("tests/engine_worker.py", str(out), str(SPECS / f"{spec}.json"), str(nvme_path), names)
-    done = torchrun(world_size, *worker, f"precision={precision}", batch, *assignments)
+    # A compiler may have to make DeepSpeed's async_io first, which takes minutes.
+    done = torchrun(world_size, *worker, f"precision={precision}", batch, *assignments, timeout=900)
     rows = out.read_text().splitlines() if out.exists() else []
     return {row["backend"]: row for row in map(json.loads, rows)}, done
 

@@ -57,7 +57,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, launcher, number,
     (os.killpg if to_all else os.kill)(run.pid, getattr(signal, number))
     output = run.communicate(timeout=60)[0]
     ended = json.loads((folder / "exit.json").read_text())
-    assert ended["code"] == 75 and f"{number}: the run stops after this step" in output
+    assert ended["code"] == 75 and "stopped by a signal after step" in ended["reason"], output
     assert launcher != "python" or run.returncode == 75
     step = ended["step"]
     assert Store(folder / "checkpoints").steps() == [step] and [row[0] for row in curve(folder)] == [
