@@ -1,7 +1,7 @@
 """Plain records that one part of a run hands to another. Counts are whole numbers, memory is bytes, time is seconds."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 IGNORED = -100
 """The target of a position that adds nothing to the loss: torch's own `ignore_index`, and Hugging Face's."""
@@ -122,3 +122,13 @@ class ValidationRecord:
     tokens: int
     """Target tokens of the validation set."""
     seconds: float
+
+
+@dataclass
+class Peak:
+    """The most memory that was in use at one time."""
+
+    bytes: int = 0
+    phase: str = ""
+    parts: dict[str, int] = field(default_factory=dict[str, int])
+    """Bytes by category; they add up to `bytes`."""

@@ -118,7 +118,7 @@ def take_steps(job: Job, process: "Process", meter: "MemoryMeter", steps: int) -
     recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
     with meter.phase("build"):
         engine = build_engine(spec, job.rendered, recipe, job.groups, process)
-        with engine.loading(engine.counters()):
+        with meter.category("optimizer"), engine.loading(engine.counters()):
             pass
     seconds: list[float] = []
     with contextlib.closing(engine), _no_gc():
@@ -146,12 +146,15 @@ def _no_gc() -> Iterator[None]:
 
 def _label_state(engine: "Engine", meter: "MemoryMeter") -> None:
     """Say what the engine has built: parameters, optimizer; what else it holds are buffers for communication."""
+    from torch.distributed.tensor import DTensor
+
     from scaling.models.decoder import Head
 
     def take_gradient(parameter: "Tensor") -> None:
         if parameter.grad is not None:
-            # ZeRO's gradients may be views of its buckets, which are another matter.
-            meter.label("gradients", [parameter.grad], of=("activations", "workspace"))
+            # ZeRO's and DDP's gradients may be views of buckets, which are another matter; FSDP2's shards are not.
+            of = ("activations", "workspace", *(("communication",) if isinstance(parameter, DTensor) else ()))
+            meter.label("gradients", [parameter.grad], of=of)
 
     meter.label_rest("communication")
     meter.label("optimizer", (shard.values for shard in engine.state()))

@@ -2,6 +2,8 @@
 
 GiB = 2**30
 MiB = 2**20
+ALLOCATION_BYTES = 512
+"""CUDA's caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
 
 
 def format_bytes(count: float) -> str:

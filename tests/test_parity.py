@@ -7,21 +7,21 @@ from processes import SPECS, python
 
 from scaling.parity import Curve, agree, compare
 
-GATES = {
+GATES = {  # more sizes of each: benchmarks/parity.py
     "GPT, accumulation 4": ("gpt-parity", "1,2,4", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload", ()),
-    "Llama, accumulation 1": ("llama-parity", "1,2,4", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload", ()),
-    "bf16": ("llama-parity", "1,2", "single,ddp,fsdp,zero1,zero2,zero3,zero2-offload", ("precision=bf16",)),
+    "Llama, accumulation 1": ("llama-parity", "4", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload", ()),
+    "bf16": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3,zero2-offload", ("precision=bf16",)),
     "shards of unequal size": (
         "gpt-parity", "3", "single,ddp,fsdp,zero1,zero3",
         ("model.vocab_size=509", 'batch={"global_batch_size": 12, "gradient_accumulation_steps": 2}'),
     ),
     "selective checkpointing": (
-        "gpt-parity", "1,2", "single,fsdp,fsdp-offload,zero3,zero3-hpz,zero3-offload",
+        "gpt-parity", "2", "single,fsdp,fsdp-offload,zero3,zero3-hpz,zero3-offload",
         ('activation_checkpointing="selective"',)
     ),
     "compiled": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", ("compile=true",)),
     "full checkpointing, plain loss, clipping off": (
-        "gpt-parity", "1,2", "single,ddp,fsdp-keep,zero1-offload",
+        "gpt-parity", "2", "single,ddp,fsdp-keep,zero1-offload",
         ('activation_checkpointing="full"', "objective.cross_entropy=plain", "max_grad_norm=null"),
     ),
 }  # fmt: skip

@@ -5,7 +5,7 @@ import json
 import pytest
 from processes import SPECS, python
 
-from scaling.estimate.step import play_single
+from scaling.estimate.step import play
 from scaling.estimate.tape import Leaf, Node, Split, Storage, Tape, backward
 from scaling.run import resolve
 from scaling.spec import load_spec
@@ -108,7 +108,7 @@ def test_the_played_step_is_the_real_one(tmp_path, case, precision):
     assert done.returncode == 0, done.stderr
     real = json.loads(out.read_text())["memory"]
     job = resolve(load_spec(spec, assignments), 1)
-    played = play_single(job.spec, job.plan, job.groups)
+    played = play(job.spec, job.plan, job.groups, job.rendered)
     found = {phase: played.peaks[phase].bytes for phase in ("build", "forward", "backward")}
     assert found["build"] == real["phases"]["build"]
     assert found["forward"] == real["phases"]["forward"]

@@ -291,6 +291,7 @@ def test_a_forked_worker_ignores_signals_and_its_owner_does_not_hear_them():
     program = """
 import os, signal, time
 from scaling.watch.signals import StopRequest
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 with StopRequest() as stop:
     child = os.fork()
     if child == 0:

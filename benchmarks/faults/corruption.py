@@ -9,8 +9,6 @@ import argparse
 import random
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -135,12 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = runs.parser("corruption", __doc__)
     parser.add_argument("--flips", type=int, default=200)
     parser.add_argument("--truncations", type=int, default=50)
-    options = parser.parse_args(arguments)
-    began, rows = time.monotonic(), []
-    for name in (options.only or ",".join(CHECKS)).split(","):
-        with tempfile.TemporaryDirectory(prefix=f"corruption-{name}-") as scratch:
-            rows += CHECKS[name](Path(scratch), options)
-    return runs.finish(options, "corruption", rows, time.monotonic() - began)
+    return runs.run(CHECKS, parser.parse_args(arguments), "corruption")
 
 
 def _trained(work: Path) -> Path:

@@ -11,7 +11,6 @@ import argparse
 import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,11 +75,11 @@ def _crash_and_go_on(folder: Path, ranks: int, rank: int, number: int) -> list[s
     code, output = _train(folder, ranks, {"FAULT_CRASH": f"{rank}:{number}"})
     problems = [f"the crash did not come: {output[-500:]}"] if code == 0 else []
     before, damaged = runs.newest(folder)
-    log_from = len(_log(folder))
+    log_from = len(runs.log(folder))
     code, output = _train(folder, ranks, {})
     if code:
         problems.append(f"exit code {code}: {output[-1500:]}")
-    if (found := runs.resumed_step(_log(folder)[log_from:])) != before:
+    if (found := runs.resumed_step(runs.log(folder)[log_from:])) != before:
         problems.append(f"the newest was {before}, but it went on from {found}")
     return problems + damaged
 
@@ -92,12 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = runs.parser("crash_points", __doc__)
     parser.add_argument("--most", type=int, default=100_000, help="moments tried with savers alone")
     parser.add_argument("--trainings", type=int, default=100_000, help="moments tried with the real command")
-    options = parser.parse_args(arguments)
-    began, rows = time.monotonic(), []
-    for name in (options.only or ",".join(CHECKS)).split(","):
-        with tempfile.TemporaryDirectory(prefix=f"crash-{name}-") as scratch:
-            rows += CHECKS[name](Path(scratch), options)
-    return runs.finish(options, "crash_points", rows, time.monotonic() - began)
+    return runs.run(CHECKS, parser.parse_args(arguments), "crash_points")
 
 
 def _train(folder: Path, ranks: int, variables: dict[str, str]) -> tuple[int, str]:
@@ -120,11 +114,6 @@ def _thinned(points: Sequence[str]) -> list[int]:
         if not within:
             found.append(number)
     return found
-
-
-def _log(folder: Path) -> str:
-    path = folder / "train.log"
-    return path.read_text() if path.exists() else ""
 
 
 # ---------------------------------------------------------------- savers alone

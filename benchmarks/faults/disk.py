@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -281,12 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = runs.parser("disk", __doc__)
     parser.add_argument("--starts", type=int, default=100, help="starts at once on one run folder")
     parser.add_argument("--rounds", type=int, default=20, help="how often")
-    options = parser.parse_args(arguments)
-    began, rows = time.monotonic(), []
-    for name in (options.only or ",".join(CHECKS)).split(","):
-        with tempfile.TemporaryDirectory(prefix=f"disk-{name}-") as scratch:
-            rows += CHECKS[name](Path(scratch), options)
-    return runs.finish(options, "disk", rows, time.monotonic() - began)
+    return runs.run(CHECKS, parser.parse_args(arguments), "disk")
 
 
 def _reference(work: Path, ranks: int) -> dict[int, dict[str, Any]]:

@@ -8,8 +8,6 @@ import itertools
 import json
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,12 +147,7 @@ CHECKS = {"chain": chain, "resumed": resumed, "same": same_place, "state": state
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = runs.parser("moves", __doc__)
     parser.add_argument("--all-pairs", action="store_true", help="E3 over all pairs of backends, not a ring of them")
-    options = parser.parse_args(arguments)
-    began, rows = time.monotonic(), []
-    for name in (options.only or ",".join(CHECKS)).split(","):
-        with tempfile.TemporaryDirectory(prefix=f"moves-{name}-") as scratch:
-            rows += CHECKS[name](Path(scratch), options)
-    return runs.finish(options, "moves", rows, time.monotonic() - began)
+    return runs.run(CHECKS, parser.parse_args(arguments), "moves")
 
 
 def _undisturbed(folder: Path, settings: Sequence[str]) -> dict[int, dict[str, Any]]:
@@ -173,12 +166,12 @@ def _go_on(
     arguments: Sequence[str] = (),
 ) -> list[str]:
     """Train from step `done` to step `until`; what went wrong with that, progress not made among it."""
-    log_from = len(_log(folder))
+    log_from = len(runs.log(folder))
     command = runs.training(backend, ranks, folder, settings, arguments=["--stop-after", str(until), *arguments])
     code, output = runs.train(command, folder.with_suffix(".out"))
     if code:
         return [f"exit code {code}: {output[-1500:]}"]
-    resumed_from = runs.resumed_step(_log(folder)[log_from:])
+    resumed_from = runs.resumed_step(runs.log(folder)[log_from:])
     if (resumed_from or 0) != done:
         return [f"it went on from {resumed_from}, not from {done}"]
     return [] if max(runs.curve(folder)) == until else [f"it ended at step {max(runs.curve(folder))}, not at {until}"]
@@ -238,11 +231,6 @@ def _ids_of_steps(epoch: int, batch: int, ranks: int, micro: int, start: int, st
     shared |= {"first_samples": places, "device": torch.device("cpu")}
     for step in zip(*(step_batches(Ids(), rank=rank, **shared) for rank in range(ranks)), strict=True):  # pyright: ignore
         yield np.concatenate([step[r][a].inputs.numpy() for a in range(accumulation) for r in range(ranks)])
-
-
-def _log(folder: Path) -> str:
-    path = folder / "train.log"
-    return path.read_text() if path.exists() else ""
 
 
 def _goes_on(folder: Path, copy: Path, setting: str, arguments: list[str]) -> list[str]:

@@ -6,8 +6,6 @@ python -m benchmarks.faults.nonfinite --out FILE
 import argparse
 import random
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,12 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = runs.parser("nonfinite", __doc__)
     parser.add_argument("--places", type=int, default=5, help="steps to fail at, for each backend and policy")
     parser.add_argument("--backends", default=",".join(BACKENDS))
-    options = parser.parse_args(arguments)
-    began, rows = time.monotonic(), []
-    for name in (options.only or ",".join(CHECKS)).split(","):
-        with tempfile.TemporaryDirectory(prefix=f"nonfinite-{name}-") as scratch:
-            rows += CHECKS[name](Path(scratch), options)
-    return runs.finish(options, "nonfinite", rows, time.monotonic() - began)
+    return runs.run(CHECKS, parser.parse_args(arguments), "nonfinite")
 
 
 def _cases(options: argparse.Namespace) -> list[tuple[str, int, int]]:

@@ -9,9 +9,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,12 @@ def checkpoints(folder: Path) -> Store:
     return Store(folder / CHECKPOINTS)
 
 
+def log(folder: Path) -> str:
+    """What the run has told so far."""
+    path = folder / "train.log"
+    return path.read_text() if path.exists() else ""
+
+
 def unfinished(folder: Path) -> list[str]:
     """Names in the checkpoints' folder that no finished save leaves behind."""
     return [name for name in _listed(folder / CHECKPOINTS) if name.startswith(".")]
@@ -235,6 +242,19 @@ class Row:
         self.problems += found
         if found or self.trials % 10 == 0:
             print(f"{self.id} {self.passed}/{self.trials} {'; '.join(found)[:2000]}", flush=True)
+
+
+Check = Callable[[Path, argparse.Namespace], list[Row]]
+"""Makes its trials in an empty folder."""
+
+
+def run(checks: Mapping[str, Check], options: argparse.Namespace, name: str) -> int:
+    """Run the checks that `options.only` names, or all; see `finish`."""
+    began, rows = time.monotonic(), list[Row]()
+    for check in (options.only or ",".join(checks)).split(","):
+        with tempfile.TemporaryDirectory(prefix=f"{name}-{check}-") as scratch:
+            rows += checks[check](Path(scratch), options)
+    return finish(options, name, rows, time.monotonic() - began)
 
 
 def finish(options: argparse.Namespace, check: str, rows: Sequence[Row], seconds: float) -> int:

@@ -10,21 +10,11 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
-ALLOCATION_BYTES = 512
-"""CUDA's caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
-
-
-@dataclass
-class Peak:
-    """The most that was alive at one time."""
-
-    bytes: int = 0
-    phase: str = ""
-    parts: dict[str, int] = field(default_factory=dict[str, int])
-    """Bytes by category; they add up to `bytes`."""
+from scaling.records import Peak
+from scaling.units import ALLOCATION_BYTES
 
 
 class Tape:
@@ -76,6 +66,11 @@ class Storage:
     def __del__(self) -> None:
         self.tape.note(self.category, -self.bytes)
 
+    def resize(self, count: int) -> None:
+        """Be of another size, for all who refer to it: FSDP2 frees what it gathered in this way."""
+        before, self.bytes = self.bytes, -(-count // self.tape.rounding) * self.tape.rounding
+        self.tape.note(self.category, self.bytes - before)
+
 
 Gradients = Sequence[Storage | None]
 Backward = Callable[[Storage, list[Storage]], Gradients]
@@ -84,7 +79,7 @@ Backward = Callable[[Storage, list[Storage]], Gradients]
 class Node:
     """A backward function, what it keeps, and where its gradients go."""
 
-    __slots__ = ("edges", "number", "run", "saved")
+    __slots__ = ("edges", "frame", "number", "run", "saved")
     joins = False
     """Its result comes in parts, as views: their gradients are not added up."""
 
@@ -95,6 +90,19 @@ class Node:
         self.saved = list(saved)
         self.run = run
         """From the gradient of the result, and what was kept, to those of the inputs, in the order of `edges`."""
+        self.frame: tuple[Frame, int] | None = None
+        """Where what it keeps comes from, if it is made again in the backward pass."""
+
+    def backward(self, gradients: list[Storage]) -> Gradients:
+        """Its gradients from the one in the list, which is emptied; what was kept is let go."""
+        if self.frame is not None:
+            frame, index = self.frame
+            self.saved = frame.take(index)
+            self.frame = None
+            del frame
+        found = self.run(gradients.pop(), self.saved)
+        self.saved = []
+        return found
 
 
 class Split(Node):
@@ -120,6 +128,56 @@ class Leaf(Node):
         return ()
 
 
+class Frame:
+    """A call whose nodes keep nothing but what the call needs: the first of them to run makes it again.
+
+    As torch.utils.checkpoint does without reentry: the call is repeated up to the last value that any node keeps.
+    """
+
+    class Enough(Exception):
+        """All that is kept has been made."""
+
+    def __init__(self, again: "Callable[[Frame], None]", *, selective: bool) -> None:
+        self._again = again
+        """Plays the call with the given frame, this one, as the one at work."""
+        self.selective = selective
+        self._saved: list[list[Storage] | None] = []
+        self._last = -1
+        self._next: int | None = None
+        self.kept: list[Storage | None] = []
+        """Results that selective checkpointing keeps, in their order."""
+        self.taken = 0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the call is being repeated."""
+        return self._next is not None
+
+    def enter(self, node: Node, saved: Sequence[Storage]) -> None:
+        """A node of the call, which would keep `saved`."""
+        if self._next is None:
+            if saved:
+                self._last = len(self._saved)
+                node.frame = (self, self._last)
+            self._saved.append(None)
+            return
+        index, self._next = self._next, self._next + 1
+        self._saved[index] = list(saved)
+        if index == self._last:
+            raise Frame.Enough
+
+    def take(self, index: int) -> list[Storage]:
+        """What a node keeps."""
+        if self._saved[index] is None:
+            self._next = 0
+            with suppress(Frame.Enough):
+                self._again(self)
+            self._next = None
+        found, self._saved[index] = self._saved[index], None
+        assert found is not None
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class Value:
     """A tensor: its memory, its elements, and who takes its gradient."""
@@ -139,8 +197,7 @@ def backward(tape: Tape, root: Node, gradient: Storage) -> None:
     while ready:
         node = heapq.heappop(ready)[2]
         # A leaf takes the gradient itself; for others it is gone before what they keep.
-        found = list(_run(node, gradients.pop(id(node))))
-        node.saved.clear()
+        found = list(node.backward(gradients.pop(id(node))))
         for index, edge in enumerate(node.edges):
             if edge is None:
                 continue
@@ -156,11 +213,6 @@ def backward(tape: Tape, root: Node, gradient: Storage) -> None:
             if not waiting[id(edge)]:
                 first = float("-inf") if isinstance(edge, Leaf) else -edge.number
                 heapq.heappush(ready, (first, next(order), edge))  # pyright: ignore[reportArgumentType]
-
-
-def _run(node: Node, gradients: list[Storage]) -> Gradients:
-    gradient = gradients.pop()
-    return node.run(gradient, node.saved)
 
 
 def _dependencies(root: Node) -> Counter[int]:

@@ -26,19 +26,10 @@ from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ALLOCATION_BYTES = 512
-"""CUDA's caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+from scaling.records import Peak
+from scaling.units import ALLOCATION_BYTES
+
 UNLABELLED = "other"
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The most that was alive at one time."""
-
-    bytes: int
-    phase: str
-    parts: dict[str, int]
-    """Bytes by category; they add up to `bytes`."""
 
 
 @dataclass
@@ -86,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
     @property
     def peak(self) -> Peak:
         """The peak of all."""
-        return max(self.peaks.values(), key=lambda peak: peak.bytes, default=Peak(0, UNLABELLED, {}))
+        return max(self.peaks.values(), key=lambda peak: peak.bytes, default=Peak())
 
     def label(self, category: str, tensors: Iterable[Tensor], of: Collection[str] | None = None) -> None:
         """Say what these tensors are, and have always been; `of`: if they were one of these categories."""

@@ -1,0 +1,240 @@
+"""torch's operations as allocations: what each makes, keeps and frees, forward and backward."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from scaling.estimate.tape import Backward, Frame, Gradients, Node, Split, Storage, Tape, Value
+
+FLOAT, LONG = 4, 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What passes through the model at a time."""
+
+    batch: int
+    sequence: int
+    width: int
+    """Bytes of an element in the compute type."""
+
+    @property
+    def rows(self) -> int:
+        """Tokens."""
+        return self.batch * self.sequence
+
+
+class Ops:
+    """torch's operations, each a few allocations forward and backward.
+
+    A backward function must hold sizes, not values: what it holds would live as long as its node.
+    """
+
+    def __init__(self, tape: Tape, shape: Shape) -> None:
+        self.tape = tape
+        self.shape = shape
+        self.read: Callable[[str], Value]
+        """The parameter of this name as the forward pass sees it."""
+        self.frame: Frame | None = None
+        """The checkpointed call at work."""
+
+    def new(self, elements: int, width: int | None = None, category: str | None = None) -> Storage:
+        """Memory for so many elements of the compute type, or of `width` bytes."""
+        return Storage(self.tape, elements * (self.shape.width if width is None else width), category)
+
+    def result(
+        self,
+        elements: int,
+        inputs: Sequence[Value | None],
+        saved: Sequence[Storage],
+        run: Backward,
+        storage: Storage | Callable[[], Storage] | None = None,
+    ) -> Value:
+        """A value and, if a gradient flows to any of the inputs, its node; inputs are kept before the value is made."""
+        edges = [value.node if value else None for value in inputs]
+        node = None
+        if any(edges):
+            node = Node(self.tape, edges, () if self.frame else saved, run)
+            if self.frame:
+                self.frame.enter(node, saved)
+        if not isinstance(storage, Storage):
+            storage = storage() if storage else self.new(elements)
+        return Value(storage, elements, node)
+
+    def kept(self, elements: int, width: int | None = None) -> Storage:
+        """Memory for a result that selective checkpointing keeps."""
+        frame = self.frame
+        if frame is None or not frame.selective:
+            return self.new(elements, width)
+        if not frame.repeats:
+            frame.kept.append(found := self.new(elements, width))
+            return found
+        found, frame.kept[frame.taken] = frame.kept[frame.taken], None
+        frame.taken += 1
+        assert found is not None
+        return found
+
+    def checkpointed(self, call: Callable[[Value], Value], hidden: Value, *, selective: bool) -> Value:
+        """A call that keeps its input, and with `selective` the results of its matrix products."""
+
+        def again(frame: Frame) -> None:
+            self.frame = frame
+            try:
+                call(hidden)
+            finally:
+                self.frame = None
+
+        self.frame = Frame(again, selective=selective)
+        try:
+            return call(hidden)
+        finally:
+            self.frame = None
+
+    def made(self, sizes: Sequence[int | None]) -> Gradients:
+        """Gradients of so many elements each."""
+        return [None if size is None else self.new(size) for size in sizes]
+
+    @staticmethod
+    def wanted(values: Sequence[Value | None], sizes: Sequence[int]) -> list[int | None]:
+        """The sizes of those values to which a gradient flows."""
+        return [size if value and value.node else None for value, size in zip(values, sizes, strict=True)]
+
+    def embedding(self, name: str, rows: int, columns: int) -> Value:
+        """Rows of a table."""
+        table = self.read(f"{name}.weight")
+        size = table.elements
+        return self.result(rows * columns, [table], [], lambda *_: [self.new(size)])
+
+    def add(self, first: Value, second: Value) -> Value:
+        """Sum, the second broadcast to the first."""
+
+        broadcast, size = second.elements < first.elements, second.elements
+
+        def run(gradient: Storage, _: list[Storage]) -> Gradients:
+            return [gradient, self.new(size) if broadcast else gradient]
+
+        return self.result(first.elements, [first, second], [], run)
+
+    def linear(self, name: str, inputs: Value, outputs: int, bias: bool) -> Value:
+        """inputs @ weight.T + bias."""
+        weight = self.read(f"{name}.weight")
+        extra = self.read(f"{name}.bias") if bias else None
+        rows = inputs.elements // (weight.elements // outputs)
+        saved = [inputs.storage] if weight.node else []
+        saved += [weight.storage] if inputs.node else []
+
+        sizes = self.wanted((inputs, weight, extra), (inputs.elements, weight.elements, outputs))
+        make = lambda: self.kept(rows * outputs)  # noqa: E731
+        return self.result(rows * outputs, [inputs, weight, extra], saved, lambda *_: self.made(sizes), make)
+
+    def layer_norm(self, name: str, inputs: Value, columns: int, bias: bool) -> Value:
+        """native_layer_norm: mean and 1/deviation of each row are kept, on a CPU in the type of the input."""
+        weight = self.read(f"{name}.weight")
+        extra = self.read(f"{name}.bias") if bias else None
+        out = self.new(inputs.elements)
+        rows = inputs.elements // columns
+        statistics = [self.new(rows), self.new(rows)]
+        saved = [inputs.storage, *statistics, weight.storage, *([extra.storage] if extra else [])]
+
+        sizes = self.wanted((inputs, weight, extra), (inputs.elements, columns, columns))
+        return self.result(inputs.elements, [inputs, weight, extra], saved, lambda *_: self.made(sizes), out)
+
+    def attention(self, query: Value, key: Value, value: Value, heads: int) -> Value:
+        """Flash attention, fused: keeps its inputs, its result and the log-sum-exp of each row in fp32."""
+        out, normaliser = self.kept(query.elements), self.kept(heads * self.shape.rows, FLOAT)
+
+        sizes = [query.elements, key.elements, value.elements]  # all three are made, wanted or not
+        saved = [query.storage, key.storage, value.storage, out, normaliser]
+        return self.result(query.elements, [query, key, value], saved, lambda *_: self.made(sizes), out)
+
+    def pointwise(self, inputs: Value) -> Value:
+        """A function that keeps its input (gelu, silu)."""
+        size = inputs.elements
+        return self.result(size, [inputs], [inputs.storage], lambda *_: [self.new(size)])
+
+    def times(self, inputs: Value, width: int | None = None) -> Value:
+        """Product with something small that takes no gradient; or any function whose gradient needs no more."""
+        size = inputs.elements
+        return self.result(size, [inputs], [], lambda *_: [self.new(size, width)], self.new(size, width))
+
+    def cast(self, inputs: Value, width: int, back: int, category: str | None = None) -> Value:
+        """To an element of `width` bytes, from one of `back`; `category` of the gradient."""
+        size = inputs.elements
+        return self.result(size, [inputs], [], lambda *_: [self.new(size, back, category)], self.new(size, width))
+
+    def rotate(self, heads: Value) -> Value:
+        """_rotate: heads * cosines + cat((-second half, first half)) * sines."""
+        half = heads.elements // 2
+        size = heads.elements
+        node = Split(self.tape, [heads.node], [], lambda *_: [self.new(size)]) if heads.node else None
+        first = second = Value(heads.storage, half, node)
+        near = self.times(heads)
+        turned = self.times(second)
+        turned = self.result(size, [turned, first], [], lambda gradient, _: [gradient, gradient])
+        far = self.times(turned)
+        del turned, first, second
+        return self.add(near, far)
+
+    def rms_norm(self, name: str, inputs: Value, columns: int) -> Value:
+        """RMSNorm as torch composes it on a CPU: in fp32, piece by piece."""
+        exact = self.shape.width == FLOAT
+        weight = self.read(f"{name}.weight")
+        rows = inputs.elements // columns
+        upcast = inputs if exact else self.cast(inputs, FLOAT, self.shape.width)
+        size = upcast.elements
+        square = self._power(upcast, size)
+        mean = self.result(rows, [square], [], lambda *_: [self.new(size, FLOAT)], self.new(rows, FLOAT))
+        del square
+        scale = self._power(mean, rows, keeps_result=True)
+        del mean
+        scaled = self._broadcast(upcast, scale)
+        weighted = self._broadcast(scaled, weight)
+        del scaled
+        return weighted if exact else self.cast(weighted, self.shape.width, FLOAT)
+
+    def _power(self, base: Value, size: int, *, keeps_result: bool = False) -> Value:
+        """x ** 2, or 1 / sqrt(x), in fp32."""
+
+        def run(_: Storage, __: list[Storage]) -> Gradients:
+            power, scaled = self.new(size, FLOAT), self.new(size, FLOAT)
+            found = self.new(size, FLOAT)
+            del power, scaled
+            return [found]
+
+        out = self.new(size, FLOAT)
+        return self.result(size, [base], [out if keeps_result else base.storage], run, out)
+
+    def _broadcast(self, wide: Value, narrow: Value) -> Value:
+        """Product in fp32 of a matrix and a row or a column."""
+        size, small = wide.elements, narrow.elements
+        to_wide, to_narrow = wide.node is not None, narrow.node is not None
+
+        def run(_: Storage, __: list[Storage]) -> Gradients:
+            product = self.new(size, FLOAT) if to_narrow else None
+            direct = self.new(size, FLOAT) if to_wide else None
+            summed = self.new(small, FLOAT) if to_narrow else None
+            del product
+            return [direct, summed]
+
+        saved = [narrow.storage] if to_wide else []
+        saved += [wide.storage] if to_narrow else []
+        return self.result(size, [wide, narrow], saved, run, self.new(size, FLOAT))
+
+    def relu(self, inputs: Value) -> Value:
+        """Keeps its result."""
+        size = inputs.elements
+        out = self.new(size)
+        return self.result(size, [inputs], [out], lambda *_: [self.new(size)], out)
+
+    def dropout(self, inputs: Value) -> Value:
+        """On a CPU a product with noise of the input's type, which is kept."""
+        size = inputs.elements
+        noise = self.new(size)
+        return self.result(size, [inputs], [noise], lambda *_: [self.new(size)])
+
+    def multiply(self, first: Value, second: Value) -> Value:
+        """Product: each factor is kept for the other's gradient."""
+        saved = [first.storage] if second.node else []
+        saved += [second.storage] if first.node else []
+
+        sizes = self.wanted((first, second), (first.elements, first.elements))
+        return self.result(first.elements, [first, second], saved, lambda *_: self.made(sizes))

@@ -1,0 +1,258 @@
+"""What scaling/engine/torch_engine.py holds: one process, and FSDP2 as torch 2.13 gathers, frees and reduces.
+
+Sources: torch/distributed/fsdp/_fully_shard (_fsdp_param_group.py, _fsdp_collectives.py, _fsdp_state.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from scaling.estimate.ops import FLOAT, Ops
+from scaling.estimate.tape import Leaf, Node, Storage, Tape, Value
+from scaling.groups import Group
+from scaling.inventory import Parameter, parameters
+from scaling.spec.sections import Spec
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Single:
+    """The whole model in fp32; in 16 bits each parameter is cast where it is read."""
+
+    def __init__(self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any]) -> None:
+        self.ops = ops
+        self.tape = ops.tape
+        self.width = WIDTHS[rendered["param_dtype"]]
+        frozen = {name for group in groups if group.frozen for name in group.names}
+        self._parameters = parameters(spec.model)
+        self.leaves = {p.name: Leaf(self.tape) for p in self._parameters if p.name not in frozen}
+        self._state: list[Storage] = []
+        self._values: dict[str, Value] = {}
+        with self.tape.during("build", "parameters"):
+            self.build()
+        ops.read = self.read
+
+    def build(self) -> None:
+        """Parameters, and Adam's state of those that train."""
+        for parameter in self._parameters:
+            leaf, count = self.leaves.get(parameter.name), self.held(parameter)
+            self._values[parameter.name] = Value(Storage(self.tape, FLOAT * count), count, leaf)
+            if leaf is not None:
+                self._state += [Storage(self.tape, size, "optimizer") for size in (FLOAT * count, FLOAT * count, FLOAT)]
+
+    def held(self, parameter: Parameter) -> int:
+        """Elements of a parameter on this rank."""
+        return parameter.elements
+
+    def read(self, name: str) -> Value:
+        """The parameter in the compute type: itself, or a copy whose gradient is cast back."""
+        value = self._values[name]
+        if self.width == FLOAT:
+            return value
+        return self.ops.cast(value, self.width, FLOAT, category="gradients")
+
+    def enter(self, module: str, value: Value | None) -> Value | None:
+        """Before a module."""
+        return value
+
+    def leave(self, module: str, value: Value) -> Value:
+        """After a module."""
+        return value
+
+    def begin(self, *, last: bool) -> None:
+        """Before a micro-step."""
+
+    def end(self) -> None:
+        """After its backward pass."""
+
+    def gradients(self) -> list[Storage]:
+        """What the optimizer gets."""
+        return [leaf.grad for leaf in self.leaves.values() if leaf.grad is not None]
+
+    def step(self) -> None:
+        """The norm of each gradient and of all; the fused kernel works in place."""
+        norms = [Storage(self.tape, FLOAT) for _ in self.leaves]
+        stacked = Storage(self.tape, FLOAT * len(norms))
+        del norms, stacked
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the gradients go."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+
+class _Unit:
+    """Parameters that FSDP2 gathers together."""
+
+    def __init__(self, tape: Tape, modules: Sequence[str], *, reshard: bool) -> None:
+        self.modules = modules
+        self.reshard = reshard
+        self.shard: dict[str, int] = {}
+        """Elements of each parameter on a rank, padding included."""
+        self.whole: dict[str, Storage] = {}
+        """Each parameter as gathered: of no size when it is not."""
+        self.leaves: dict[str, Leaf] = {}
+        self.gathering: Storage | None = None
+        self.unsharded = False
+        self.in_forward = self.done = False
+        self.places: list[int] = []
+        """In the order in which forward passes ended."""
+        self.grad: Storage | None = None
+        """Of all its shards."""
+        self.partial: Storage | None = None
+        """Reduced within this replica alone."""
+
+
+class FSDP(Single):
+    """Shards in fp32, gathered unit by unit in the compute type; gradients cut as soon as a unit has all of its own."""
+
+    def __init__(self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any]) -> None:
+        self.ranks: int = rendered["mesh"]["dp_shard"]
+        self.replicas: int = rendered["mesh"].get("dp_replicate", 1)
+        wrap = [(entry["modules"], entry["reshard_after_forward"]) for entry in rendered["wrap"]]
+        self.units = [_Unit(ops.tape, modules, reshard=reshard) for modules, reshard in [([""], False), *wrap]]
+        self._unit_of: dict[str, _Unit] = {}
+        self._of_parameter: dict[str, _Unit] = {}
+        self._ended: list[_Unit] = []
+        self._held: Storage | None = None
+        """What the unit before was gathered from; freed when the next is copied out."""
+        self._reducing: Storage | None = None
+        self._last = True
+        self._elements: dict[str, int] = {}
+        super().__init__(ops, spec, groups, rendered)
+
+    def build(self) -> None:
+        super().build()
+        root, *inner = self.units
+        for parameter in self._parameters:
+            owner = next((u for u in inner if any(parameter.name.startswith(f"{m}.") for m in u.modules)), root)
+            self._of_parameter[parameter.name] = owner
+            self._elements[parameter.name] = parameter.elements
+            owner.shard[parameter.name] = self.held(parameter)
+            owner.whole[parameter.name] = Storage(self.tape, 0, "communication")
+            if parameter.name in self.leaves:
+                owner.leaves[parameter.name] = self.leaves[parameter.name]
+        self.units = [unit for unit in self.units if unit.shard]
+        self._unit_of = {module: unit for unit in self.units for module in unit.modules}
+
+    def held(self, parameter: Parameter) -> int:
+        rows = parameter.shape[0]
+        return -(-rows // self.ranks) * (parameter.elements // rows)
+
+    def read(self, name: str) -> Value:
+        unit = self._of_parameter[name]
+        return Value(unit.whole[name], self._elements[name], self.leaves.get(name))
+
+    def enter(self, module: str, value: Value | None) -> Value | None:
+        unit = self._unit_of.get(module)
+        if unit is None:
+            return value
+        first, unit.in_forward = not unit.in_forward, True
+        self._gather(unit)
+        self._copy_out(unit, forward=True)
+        if not first or value is None or value.node is None:
+            return value
+        unit.done = False
+
+        def run(gradient: Storage, _: list[Storage]) -> list[Storage]:
+            self._reduce(unit)
+            return [gradient]
+
+        return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+
+    def leave(self, module: str, value: Value) -> Value:
+        unit = self._unit_of.get(module)
+        if not module:
+            self._held = None
+        if unit is None or module != unit.modules[-1]:
+            return value
+        if unit.reshard:
+            self._shard(unit)
+        unit.places.append(len(self._ended))
+        self._ended.append(unit)
+        unit.in_forward = unit.done = False
+        if value.node is None:
+            return value
+
+        def run(gradient: Storage, _: list[Storage]) -> list[Storage]:
+            self._gather(unit)
+            self._copy_out(unit, forward=False)
+            if (place := unit.places.pop()) > 0:
+                self._gather(self._ended[place - 1])
+            return [gradient]
+
+        return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+
+    def begin(self, *, last: bool) -> None:
+        self._last = last
+
+    def end(self) -> None:
+        for unit in self.units:
+            if not unit.done:
+                self._reduce(unit)
+            if self._last:
+                unit.gathering = None
+                unit.places.clear()
+        if self._last:
+            self._ended.clear()
+            self._reducing = None
+
+    def gradients(self) -> list[Storage]:
+        return [unit.grad for unit in self.units if unit.grad is not None]
+
+    def forget(self) -> None:
+        for unit in self.units:
+            unit.grad = None
+
+    def _gather(self, unit: _Unit) -> None:
+        """`unshard`: cast to a flat tensor, gathered into another."""
+        if unit.gathering is not None or unit.unsharded:
+            return
+        count = 0 if self.ranks == 1 else sum(unit.shard.values())
+        cast = Storage(self.tape, self.width * count, "communication") if self.width != FLOAT else None
+        unit.gathering = Storage(self.tape, self.width * count * self.ranks, "communication")
+        del cast
+
+    def _copy_out(self, unit: _Unit, *, forward: bool) -> None:
+        """`wait_for_unshard`."""
+        if unit.gathering is None:
+            return
+        if forward:
+            self._held = None
+        cast = None
+        for name, count in unit.shard.items():
+            if self.ranks == 1 and self.width != FLOAT:
+                cast = Storage(self.tape, self.width * count, "communication")
+            unit.whole[name].resize(self.width * count * self.ranks)
+        del cast
+        unit.unsharded = True
+        if forward and self.ranks > 1:
+            self._held = unit.gathering
+        unit.gathering = None
+
+    def _shard(self, unit: _Unit) -> None:
+        if unit.unsharded:
+            for storage in unit.whole.values():
+                storage.resize(0)
+            unit.unsharded = False
+
+    def _reduce(self, unit: _Unit) -> None:
+        """`post_backward`: free what was gathered, reduce the gradients in fp32 and keep this rank's part."""
+        unit.done = True
+        found = [(name, leaf) for name, leaf in unit.leaves.items() if leaf.grad is not None]
+        grads = [leaf.grad for _, leaf in found]
+        for _, leaf in found:
+            leaf.grad = None
+        self._shard(unit)
+        self._reducing = None
+        if not grads:
+            return
+        count = sum(unit.shard[name] for name, _ in found)
+        self._reducing = Storage(self.tape, FLOAT * count * self.ranks, "communication")
+        del grads
+        part = Storage(self.tape, FLOAT * count, "gradients")
+        if self.replicas > 1 and not self._last:
+            unit.partial = unit.partial or part
+            return
+        unit.partial = None
+        unit.grad = unit.grad or part
