@@ -135,7 +135,6 @@ def test_a_failure_of_the_writer_is_told_and_leaves_nothing(tmp_path, process):
 @pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, 3 * 4096, 50_001])
 def test_blocks_go_straight_to_the_disk_and_the_rest_follows(tmp_path, monkeypatch, length):
     monkeypatch.setattr(checkpoint_files, "_BLOCK_BYTES", 4096)
-    monkeypatch.setattr(checkpoint_files, "_PART_BYTES", 1000)
     direct, real = [], HashingFile._write_block
 
     def write_block(file, block, count):

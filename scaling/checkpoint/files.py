@@ -10,27 +10,34 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scaling.checkpoint.store import FileRecord
 
 _BLOCK_BYTES = 4 << 20
 """Written at once."""
-_PART_BYTES = 1 << 18
-"""Still in the core's cache when it is copied after it was hashed."""
 
 
 class HashingFile:
     """A new file, for one `with` block; no file may be there. What it wants of the disk it raises as OSError.
 
     Blocks go straight to the disk (O_DIRECT) where the file system can: the page cache would cost a second copy of the
-    state in memory, and kernel time at training's expense. A thread writes one block while the next is hashed.
+    state in memory, and kernel time at training's expense. A thread hashes and writes one block while the next is
+    filled; what either does to whole blocks needs no GIL.
     """
 
-    def __init__(self, path: Path, wrote: Callable[[int], None] = lambda count: None) -> None:
-        """`wrote(bytes)` is called after each whole block."""
+    def __init__(
+        self,
+        path: Path,
+        wrote: Callable[[int], None] = lambda count: None,
+        begin_thread: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`wrote(bytes)` is called after each whole block, `begin_thread` in the thread that writes them."""
         self.bytes = 0
         self.error: OSError | None = None
         """What went wrong, for those to whom somebody in between tells something else."""
         self._wrote = wrote
+        self._begin_thread = begin_thread
         self._raw = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by __exit__
         self._digest = hashlib.sha256()
         self._block, self._other = _new_block(), None
@@ -58,15 +65,14 @@ class HashingFile:
 
     def write(self, data: Any) -> int:
         """Add bytes at the end."""
-        view = memoryview(data).cast("B")
-        size = view.nbytes
+        rest = np.frombuffer(data, np.uint8)
+        size = rest.size
         try:
-            while len(view):
-                part = view[: min(_PART_BYTES, _BLOCK_BYTES - self._held)]
-                self._digest.update(part)
-                self._block[self._held : self._held + len(part)] = part
-                self._held += len(part)
-                view = view[len(part) :]
+            while rest.size:
+                part = rest[: _BLOCK_BYTES - self._held]
+                self._block[self._held : self._held + part.size] = part
+                self._held += part.size
+                rest = rest[part.size :]
                 if self._held == _BLOCK_BYTES:
                     self._write_behind()
                     self._wrote(_BLOCK_BYTES)
@@ -82,7 +88,8 @@ class HashingFile:
     def _write_behind(self) -> None:
         self._join()
         if self._thread is None or self._other is None:
-            self._thread, self._other = ThreadPoolExecutor(1, "checkpoint"), _new_block()
+            self._thread = ThreadPoolExecutor(1, "checkpoint", self._begin_thread)
+            self._other = _new_block()
         self._writing = self._thread.submit(self._write_block, self._block, self._held)
         self._block, self._other, self._held = self._other, self._block, 0
 
@@ -97,8 +104,9 @@ class HashingFile:
         self._write_block(self._block, self._held)
         os.fsync(self._raw.fileno())
 
-    def _write_block(self, block: mmap.mmap, count: int) -> None:
+    def _write_block(self, block: np.ndarray, count: int) -> None:
         with memoryview(block) as view:
+            self._digest.update(view[:count])
             done = 0
             while done < count:  # a raw file may take less than it is given
                 try:
@@ -118,5 +126,5 @@ class HashingFile:
         return bool(flags & direct) != wanted
 
 
-def _new_block() -> mmap.mmap:
-    return mmap.mmap(-1, _BLOCK_BYTES)  # begins on a page, as O_DIRECT demands
+def _new_block() -> np.ndarray:
+    return np.frombuffer(mmap.mmap(-1, _BLOCK_BYTES), np.uint8)  # begins on a page, as O_DIRECT demands

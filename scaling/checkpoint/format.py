@@ -75,15 +75,21 @@ class Written:
     """Each file by name."""
 
 
-def write_tensors(folder: Path, pieces: Mapping[str, Pieces], rank: int, wrote: Callable[[int], None]) -> Written:
-    """Write the ranges of this rank, each file synced; `wrote(bytes)` is called now and then. Raises OSError."""
+def write_tensors(
+    folder: Path,
+    pieces: Mapping[str, Pieces],
+    rank: int,
+    wrote: Callable[[int], None],
+    begin_thread: Callable[[], None],
+) -> Written:
+    """Write the ranges of this rank, each file synced; the last two are HashingFile's. Raises OSError."""
     written = Written([], {})
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # nobody would look at them: the manifest has better ones
     try:
         for number, part in enumerate(_by_size(pieces)):
             name = f"__{rank}_{number}.distcp"
-            with HashingFile(folder / name, wrote) as file:
+            with HashingFile(folder / name, wrote, begin_thread) as file:
                 for key, elements, start, values in part:
                     offset = file.bytes
                     _save(values, file)

@@ -89,8 +89,6 @@ class Saver:
         self._hurry.clear()
 
         def work() -> None:
-            if self._asynchronous:
-                _yield_cores()
             wrote = self._pace(size, spread_s if self._asynchronous else 0.0)
             self._outcome = self._write(step, pieces, size, wrote, documents, after)
 
@@ -171,8 +169,9 @@ class Saver:
     def _write_files(self, folder: Path, pieces: dict[str, Pieces], wrote: Callable[[int], None]) -> list[Written]:
         """What every rank has written; all raise where one of them could not write."""
         written, problem = Written([], {}), None
+        begin_thread = _yield_cores if self._asynchronous else _as_it_is
         try:
-            written = write_tensors(folder, pieces, self._process.rank, wrote)
+            written = write_tensors(folder, pieces, self._process.rank, wrote, begin_thread)
         except OSError as error:
             problem = OSError(error.errno, f"{error.strerror} on rank {self._process.rank}", str(folder))
         except Exception as error:  # of a type that may not travel between processes
@@ -264,9 +263,16 @@ class _Staging:
 
 
 def _yield_cores() -> None:
-    """Let this thread run where training leaves a core idle: what it does can wait, a step cannot."""
+    """Let this thread run where training leaves a core idle: what it does can wait, a step cannot.
+
+    Only for what needs the GIL for moments: a thread that held it while it waits for a core would stop training.
+    """
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _as_it_is() -> None:
+    pass
 
 
 def _sentence(error: Exception) -> str:
