@@ -22,8 +22,8 @@ class HashingFile:
     """A new file, for one `with` block; no file may be there. What it wants of the disk it raises as OSError.
 
     Blocks go straight to the disk (O_DIRECT) where the file system can: the page cache would cost a second copy of the
-    state in memory, and kernel time at training's expense. A thread hashes and writes one block while the next is
-    filled; what either does to whole blocks needs no GIL.
+    state in memory, and kernel time at training's expense. Two threads hash and write one block while the next is
+    filled; what they do to a block needs no GIL.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class HashingFile:
         wrote: Callable[[int], None] = lambda count: None,
         begin_thread: Callable[[], None] = lambda: None,
     ) -> None:
-        """`wrote(bytes)` is called after each whole block, `begin_thread` in the thread that writes them."""
+        """`wrote(bytes)` is called after each whole block, `begin_thread` in each of the two threads."""
         self.bytes = 0
         self.error: OSError | None = None
         """What went wrong, for those to whom somebody in between tells something else."""
@@ -43,7 +43,7 @@ class HashingFile:
         self._block, self._other = _new_block(), None
         self._held = 0
         self._thread: ThreadPoolExecutor | None = None
-        self._writing: Future[None] | None = None
+        self._working: list[Future[None]] = []
         self._pass_cache(True)
 
     @property
@@ -88,25 +88,29 @@ class HashingFile:
     def _write_behind(self) -> None:
         self._join()
         if self._thread is None or self._other is None:
-            self._thread = ThreadPoolExecutor(1, "checkpoint", self._begin_thread)
+            self._thread = ThreadPoolExecutor(2, "checkpoint", self._begin_thread)
             self._other = _new_block()
-        self._writing = self._thread.submit(self._write_block, self._block, self._held)
+        # The digest's work is in order: one block is done with before the next begins.
+        self._working = [
+            self._thread.submit(self._digest.update, self._block),
+            self._thread.submit(self._write_block, self._block, self._held),
+        ]
         self._block, self._other, self._held = self._other, self._block, 0
 
     def _join(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        working, self._working = self._working, []
+        for work in working:
+            work.result()
 
     def _finish(self) -> None:
         self._join()
         self._pass_cache(False)  # the rest is no multiple of what the disk writes
+        self._digest.update(self._block[: self._held])
         self._write_block(self._block, self._held)
         os.fsync(self._raw.fileno())
 
-    def _write_block(self, block: np.ndarray, count: int) -> None:
+    def _write_block(self, block: Any, count: int) -> None:
         with memoryview(block) as view:
-            self._digest.update(view[:count])
             done = 0
             while done < count:  # a raw file may take less than it is given
                 try:
@@ -126,5 +130,5 @@ class HashingFile:
         return bool(flags & direct) != wanted
 
 
-def _new_block() -> np.ndarray:
+def _new_block() -> Any:
     return np.frombuffer(mmap.mmap(-1, _BLOCK_BYTES), np.uint8)  # begins on a page, as O_DIRECT demands

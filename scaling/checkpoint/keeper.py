@@ -22,8 +22,8 @@ from scaling.units import format_bytes, format_seconds
 
 logger = logging.getLogger("scaling")
 
-_SPREAD_S = 60.0
-"""A checkpoint is whole after so long at most, however rarely the run saves."""
+_SPREAD, _SPREAD_S = 0.8, 60.0
+"""A checkpoint is whole after this part of the time between two, and after so many seconds at most."""
 
 
 class Keeper(Protocol):
@@ -117,13 +117,13 @@ class Checkpoints:
             self._take(self._saver.wait())
 
     def _spread(self) -> float:
-        """Seconds over which the next save is to be written; half of what passed since the one before.
+        """Seconds over which the next save is to be written; most of what passed since the one before.
 
         On a CPU the steps beside it would pay for a burst of writing; on a GPU they would not, and sooner is safer.
         """
         now = time.monotonic()
         since, self._saved_at = now - self._saved_at, now
-        return min(_SPREAD_S, since / 2) if self._process.device.type == "cpu" else 0.0
+        return min(_SPREAD_S, _SPREAD * since) if self._process.device.type == "cpu" else 0.0
 
     def poll(self) -> None:
         """Take note of a save that has ended since."""
