@@ -1,6 +1,10 @@
 """One rank of many, alone: what it would hold in memory, and how long its own work takes.
 
     python -m scaling.rehearse --spec SPEC --world-size 8 [--steps 3] [--json FILE]
+    python -m scaling.rehearse --matrix FILE [--json FILE]
+
+FILE is a list of {"spec": …, "world_size": …, "set": ["a.b.c=VALUE", …]}: each is rehearsed in a process of its own,
+and what does not fit, or fails, is a result too.
 
 Builds the engine of the spec as rank 0 of that many ranks and takes a few of its steps on made-up tokens, for real, on
 this one device. The other ranks do not exist: every collective returns at once, with this rank's own values, so memory
@@ -11,14 +15,15 @@ asked, on a CPU the bytes of live tensors are counted.
 import contextlib
 import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling.errors import CommandLine, DoesNotFit, positive, run_command
+from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_command
 from scaling.run import Job, device_name, resolve
 from scaling.run_folder import environment
 from scaling.spec import load_spec
@@ -35,13 +40,70 @@ if TYPE_CHECKING:
 
 def main() -> int:
     options = _parser().parse_args()
-    job = resolve(load_spec(options.spec, options.set), options.world_size)
-    report = rehearse(job, options.steps)
-    for line in lines(report):
-        print(line)
+    if options.matrix:
+        report = []
+        for report_of_one in rehearse_all(_cells(options.matrix), options.steps):
+            print(_line(report_of_one), flush=True)
+            report.append(report_of_one)
+    else:
+        if not options.spec or not options.world_size:
+            raise UserError("`--spec` and `--world-size` must be given, but are not; give them, or `--matrix`")
+        report = rehearse(resolve(load_spec(options.spec, options.set), options.world_size), options.steps)
+        for line in lines(report):
+            print(line)
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def rehearse_all(cells: Iterable[dict[str, Any]], steps: int) -> Iterator[dict[str, Any]]:
+    """Rehearse each cell ("spec", "world_size", "set") in a process of its own; its report, or "error" for one."""
+    # A server that has imported torch, and nothing that looks for a GPU, is forked for each.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop"])
+    for cell in cells:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rehearse_cell, args=(cell, steps, sender))
+        process.start()
+        sender.close()
+        try:
+            found = receiver.recv()
+        except EOFError:
+            process.join()
+            found = {"error": f"the process ended with exit code {process.exitcode}"}
+        process.join()
+        yield {"cell": cell, **found}
+
+
+def _rehearse_cell(cell: dict[str, Any], steps: int, sender: Any) -> None:
+    try:
+        found = rehearse(resolve(load_spec(cell["spec"], cell.get("set", [])), cell["world_size"]), steps)
+    except UserError as error:
+        found = {"error": str(error)}
+    sender.send(found)
+
+
+def _cells(path: str) -> list[dict[str, Any]]:
+    try:
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))
+        if all({"spec", "world_size"} <= cell.keys() <= {"spec", "world_size", "set"} for cell in cells):
+            return cells
+        problem = "a cell has other keys"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        problem = str(error)
+    raise UserError(
+        f'`--matrix` must be a JSON list of {{"spec": …, "world_size": …, "set": […]}}, but is not ({problem}); '
+        "correct it"
+    )
+
+
+def _line(report: dict[str, Any]) -> str:
+    cell = report["cell"]
+    name = f"{Path(cell['spec']).stem} x{cell['world_size']} {' '.join(cell.get('set', []))}"
+    if "error" in report:
+        return f"{name}: {report['error']}"
+    memory = report["memory"]
+    return f"{name}: {format_bytes(memory['peak_allocated_bytes'])} in {memory['peak_phase']}"
 
 
 def rehearse(job: Job, steps: int) -> dict[str, Any]:
@@ -188,10 +250,11 @@ def _micro_batches(job: Job, process: "Process", meter: "MemoryMeter") -> "list[
 
 def _parser() -> CommandLine:
     parser = CommandLine(prog="python -m scaling.rehearse", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--spec", required=True, metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
+    parser.add_argument("--spec", metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
     parser.add_argument("--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field; repeatable")
-    parser.add_argument("--world-size", type=positive, required=True, help="ranks of the run that is rehearsed")
+    parser.add_argument("--world-size", type=positive, help="ranks of the run that is rehearsed")
     parser.add_argument("--steps", type=positive, default=3, help="optimizer steps (default 3); two of them warm up")
+    parser.add_argument("--matrix", metavar="FILE", help="rehearse all that this JSON file lists")
     parser.add_argument("--json", metavar="FILE", help="write what was found there")
     return parser
 

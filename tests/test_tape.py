@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from processes import SPECS, python
+from processes import SPECS
 
 from scaling.estimate.step import play
 from scaling.estimate.tape import Leaf, Node, Split, Storage, Tape, backward
+from scaling.rehearse import rehearse_all
 from scaling.run import resolve
 from scaling.spec import load_spec
 
@@ -94,20 +95,27 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_played_step_is_the_real_one(tmp_path, case, precision):
+def cell(case, precision):
     name, changes = case
-    spec, out = str(SPECS / f"{name}.json"), tmp_path / "real.json"
     changes = {"batch": {"global_batch_size": 6, "micro_batch_size": 3}, "precision": precision, **changes}
     assignments = [*SINGLE, *(f"{field}={json.dumps(value)}" for field, value in changes.items())]
-    words = [word for assignment in assignments for word in ("--set", assignment)]
-    done = python(
-        "-m", "scaling.rehearse", "--spec", spec, "--world-size", "1", "--steps", "2", "--json", str(out), *words
-    )
-    assert done.returncode == 0, done.stderr
-    real = json.loads(out.read_text())["memory"]
-    job = resolve(load_spec(spec, assignments), 1)
+    return {"spec": str(SPECS / f"{name}.json"), "world_size": 1, "set": assignments}
+
+
+@pytest.fixture(scope="module")
+def rehearsed():
+    """(case, precision) -> what it holds in reality."""
+    keys = [(case, precision) for case in CASES for precision in ("fp32", "bf16")]
+    reports = rehearse_all([cell(CASES[case], precision) for case, precision in keys], 2)
+    return dict(zip(keys, reports, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_played_step_is_the_real_one(rehearsed, case, precision):
+    assert "error" not in rehearsed[case, precision], rehearsed[case, precision]
+    real, wanted = rehearsed[case, precision]["memory"], rehearsed[case, precision]["cell"]
+    job = resolve(load_spec(wanted["spec"], wanted["set"]), 1)
     played = play(job.spec, job.plan, job.groups, job.rendered)
     found = {phase: played.peaks[phase].bytes for phase in ("build", "forward", "backward")}
     assert found["build"] == real["phases"]["build"]

@@ -78,8 +78,8 @@ class PlayedDecoder:
         return self.ops.dropout(hidden) if self.model.dropout else hidden
 
     def head_norm(self, name: str, heads: Value) -> Value:
-        """RMSNorm of each head."""
-        return self.ops.rms_norm(name, heads, head_dim(self.model))
+        """RMSNorm of each head, which makes the transposed heads contiguous."""
+        return self.ops.contiguous(self.ops.rms_norm(name, heads, head_dim(self.model)))
 
     def norm(self, name: str, hidden: Value) -> Value:
         """LayerNorm or RMSNorm."""
@@ -104,6 +104,8 @@ class PlayedDecoder:
         if model.position == "rope":
             query, key = ops.rotate(query), ops.rotate(key)
         mixed = ops.attention(query, key, value, model.num_attention_heads)
+        if model.qk_norm:  # its result is laid out like the query
+            mixed = ops.contiguous(mixed)
         return self.linear(f"{name}.o_proj", mixed, model.hidden_size, model.bias)
 
     def mlp(self, name: str, hidden: Value) -> Value:

@@ -156,10 +156,14 @@ class Ops:
         size = inputs.elements
         return self.result(size, [inputs], [], lambda *_: [self.new(size, width)], self.new(size, width))
 
-    def cast(self, inputs: Value, width: int, back: int, category: str | None = None) -> Value:
-        """To an element of `width` bytes, from one of `back`; `category` of the gradient."""
+    def contiguous(self, inputs: Value) -> Value:
+        """A copy in another layout."""
+        return self.result(inputs.elements, [inputs], [], lambda gradient, _: [gradient])
+
+    def cast(self, inputs: Value, width: int, back: int) -> Value:
+        """To an element of `width` bytes, from one of `back`."""
         size = inputs.elements
-        return self.result(size, [inputs], [], lambda *_: [self.new(size, back, category)], self.new(size, width))
+        return self.result(size, [inputs], [], lambda *_: [self.new(size, back)], self.new(size, width))
 
     def rotate(self, heads: Value) -> Value:
         """_rotate: heads * cosines + cat((-second half, first half)) * sines."""

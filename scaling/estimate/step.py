@@ -4,21 +4,38 @@ from collections.abc import Sequence
 from typing import Any
 
 from scaling.estimate.decoder import PlayedDecoder
+from scaling.estimate.deepspeed_engines import ZeRO3, ZeRO12
 from scaling.estimate.ops import FLOAT, LONG, Ops, Shape
 from scaling.estimate.tape import Storage, Tape, Value, backward
-from scaling.estimate.torch_engines import FSDP, WIDTHS, Single
+from scaling.estimate.torch_engines import DDP, FSDP, Single
 from scaling.groups import Group
 from scaling.records import BatchPlan
+from scaling.spec.sections import DDP as DDPSpec
+from scaling.spec.sections import FSDP as FSDPSpec
 from scaling.spec.sections import CausalLM, Spec
+from scaling.spec.sections import DeepSpeed as DeepSpeedSpec
 
-_ENGINES = {"single": Single, "fsdp": FSDP}
+WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of an element in the compute type."""
+
+
+def _engine(spec: Spec) -> type[Single]:
+    match spec.backend:
+        case DeepSpeedSpec():
+            return ZeRO12 if spec.backend.zero_stage < 3 else ZeRO3
+        case FSDPSpec():
+            return FSDP
+        case DDPSpec():
+            return DDP
+        case _:
+            return Single
 
 
 def play(spec: Spec, plan: BatchPlan, groups: Sequence[Group], rendered: dict[str, Any]) -> Tape:
     """A step of rank 0 once Adam has its moments; not compiled, on a CPU."""
     tape = Tape()
-    ops = Ops(tape, Shape(plan.micro_batch, plan.sequence_length, WIDTHS[rendered["param_dtype"]]))
-    engine = _ENGINES[spec.backend.kind](ops, spec, groups, rendered)
+    ops = Ops(tape, Shape(plan.micro_batch, plan.sequence_length, WIDTHS[spec.precision]))
+    engine = _engine(spec)(ops, spec, groups, rendered, plan)
     chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
     checkpointing = spec.activation_checkpointing
     decoder = PlayedDecoder(spec.model, ops, engine, chunked=chunked, checkpointing=checkpointing)
@@ -27,18 +44,19 @@ def play(spec: Spec, plan: BatchPlan, groups: Sequence[Group], rendered: dict[st
     # Targets, scale and loss of the step; of the step before, what the optimizer was given.
     held += [Storage(tape, FLOAT, "other") for _ in range(3)] + [Storage(tape, FLOAT, "workspace") for _ in range(2)]
     loss: Value | None = None
-    for index in range(plan.accumulation):
-        engine.begin(last=index == plan.accumulation - 1)
-        with tape.during("forward", "activations"):
-            loss = decoder.forward()
-        with tape.during("backward", "workspace"):
-            scaled = [Storage(tape, FLOAT) for _ in range(2)]
-            node, loss = loss.node, Value(loss.storage, 1)  # the loss is held, what it came from is not
-            assert node is not None, "something trains: the spec refuses others"
-            backward(tape, node, Storage(tape, FLOAT))
-            del scaled, node
-            engine.end()
-    with tape.during("optimizer", "workspace"):
-        engine.step()
+    for _ in range(engine.steps):
+        for index in range(plan.accumulation):
+            engine.begin(last=index == plan.accumulation - 1)
+            with tape.during("forward", "activations"):
+                loss = decoder.forward()
+            with tape.during("backward", "workspace"):
+                scaled = [Storage(tape, FLOAT) for _ in range(2)]
+                node, loss = loss.node, Value(loss.storage, 1)  # the loss is held, what it came from is not
+                assert node is not None, "something trains: the spec refuses others"
+                backward(tape, node, Storage(tape, FLOAT))
+                del scaled, node
+                engine.end()
+        with tape.during("optimizer", "workspace"):
+            engine.step()
     del held
     return tape

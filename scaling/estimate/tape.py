@@ -29,6 +29,9 @@ class Tape:
         """By phase."""
         self.phase = self.category = "other"
         self.nodes = itertools.count()
+        self.events = 0
+        self._peak_events: dict[str, int] = {}
+        """When each phase had its peak."""
 
     @property
     def peak(self) -> Peak:
@@ -45,23 +48,35 @@ class Tape:
 
     def note(self, category: str, more: int) -> None:
         """So many bytes more of a category are alive."""
+        self.events += 1
         self.live[category] += more
         self.total += more
         peak = self.peaks.setdefault(self.phase, Peak(0, self.phase))
         if self.total > peak.bytes:
             peak.bytes, peak.parts = self.total, {name: count for name, count in self.live.items() if count}
+            self._peak_events[self.phase] = self.events
+
+    def rename(self, storage: "Storage", category: str) -> None:
+        """A storage is of another category, and has always been."""
+        parts = [self.live]
+        parts += [self.peaks[phase].parts for phase, event in self._peak_events.items() if event >= storage.born]
+        for counts in parts:
+            counts[storage.category] -= storage.bytes
+            counts[category] = counts.get(category, 0) + storage.bytes
+        storage.category = category
 
 
 class Storage:
     """Memory of one or more tensors; gone when nobody refers to it any more."""
 
-    __slots__ = ("bytes", "category", "tape")
+    __slots__ = ("born", "bytes", "category", "tape")
 
     def __init__(self, tape: Tape, count: int, category: str | None = None) -> None:
         self.tape = tape
         self.bytes = -(-count // tape.rounding) * tape.rounding
         self.category = category or tape.category
         tape.note(self.category, self.bytes)
+        self.born = tape.events
 
     def __del__(self) -> None:
         self.tape.note(self.category, -self.bytes)
@@ -115,16 +130,24 @@ class Split(Node):
 class Leaf(Node):
     """A parameter that trains: takes its gradient over, or adds to the one that is there."""
 
-    __slots__ = ("grad",)
+    __slots__ = ("category", "grad")
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, category: str | None = "gradients") -> None:
         super().__init__(tape, (), (), self._take)
         self.number = -1
+        self.category = category
+        """What a gradient becomes here."""
         self.grad: Storage | None = None
 
-    def _take(self, gradient: Storage, _: list[Storage]) -> Gradients:
+    def take(self, gradient: Storage) -> None:
+        """Keep a gradient, or add it to the one that is there."""
         if self.grad is None:
             self.grad = gradient
+            if self.category is not None and gradient.category == "workspace":
+                gradient.tape.rename(gradient, self.category)
+
+    def _take(self, gradient: Storage, _: list[Storage]) -> Gradients:
+        self.take(gradient)
         return ()
 
 

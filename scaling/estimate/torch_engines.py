@@ -10,26 +10,35 @@ from scaling.estimate.ops import FLOAT, Ops
 from scaling.estimate.tape import Leaf, Node, Storage, Tape, Value
 from scaling.groups import Group
 from scaling.inventory import Parameter, parameters
+from scaling.records import BatchPlan
 from scaling.spec.sections import Spec
-
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Single:
     """The whole model in fp32; in 16 bits each parameter is cast where it is read."""
 
-    def __init__(self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any]) -> None:
+    steps = 1
+    """After so many all steps are alike."""
+
+    def __init__(
+        self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
+    ) -> None:
         self.ops = ops
         self.tape = ops.tape
-        self.width = WIDTHS[rendered["param_dtype"]]
+        self.width = ops.shape.width
+        self.rendered = rendered
         frozen = {name for group in groups if group.frozen for name in group.names}
         self._parameters = parameters(spec.model)
-        self.leaves = {p.name: Leaf(self.tape) for p in self._parameters if p.name not in frozen}
+        self.leaves = {p.name: self.leaf(p) for p in self._parameters if p.name not in frozen}
         self._state: list[Storage] = []
         self._values: dict[str, Value] = {}
         with self.tape.during("build", "parameters"):
             self.build()
         ops.read = self.read
+
+    def leaf(self, parameter: Parameter) -> Leaf:
+        """What takes the gradient of a parameter that trains."""
+        return Leaf(self.tape)
 
     def build(self) -> None:
         """Parameters, and Adam's state of those that train."""
@@ -48,7 +57,7 @@ class Single:
         value = self._values[name]
         if self.width == FLOAT:
             return value
-        return self.ops.cast(value, self.width, FLOAT, category="gradients")
+        return self.ops.cast(value, self.width, FLOAT)
 
     def enter(self, module: str, value: Value | None) -> Value | None:
         """Before a module."""
@@ -81,6 +90,55 @@ class Single:
             leaf.grad = None
 
 
+class _InBucket(Leaf):
+    """A parameter whose gradient DDP copies into its place in a bucket as soon as gradients are averaged."""
+
+    __slots__ = ("bucket", "synced")
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__(tape)
+        self.bucket: Storage | None = None
+        self.synced = True
+
+    def take(self, gradient: Storage) -> None:
+        super().take(gradient)
+        if self.synced:
+            self.grad = self.bucket
+
+
+class DDP(Single):
+    """As one process, with a bucket of fp32 gradients beside each part of the model, which views of it become."""
+
+    FIRST_BUCKET_BYTES = 2**20
+    """torch.distributed._DEFAULT_FIRST_BUCKET_BYTES."""
+
+    def leaf(self, parameter: Parameter) -> Leaf:
+        return _InBucket(self.tape)
+
+    def build(self) -> None:
+        super().build()
+        limits = [self.FIRST_BUCKET_BYTES, self.rendered["ddp"]["bucket_cap_mb"] * 2**20]
+        bucket: list[_InBucket] = []
+        size = 0
+        trained = [p for p in reversed(self._parameters) if p.name in self.leaves]
+        for parameter in trained:
+            leaf = self.leaves[parameter.name]
+            assert isinstance(leaf, _InBucket)
+            bucket.append(leaf)
+            size += FLOAT * parameter.elements
+            if size >= limits[0] or parameter is trained[-1]:
+                limits = limits[-1:]
+                storage = Storage(self.tape, size, "communication")
+                for leaf in bucket:
+                    leaf.bucket = storage
+                bucket, size = [], 0
+
+    def begin(self, *, last: bool) -> None:
+        for leaf in self.leaves.values():
+            assert isinstance(leaf, _InBucket)
+            leaf.synced = last
+
+
 class _Unit:
     """Parameters that FSDP2 gathers together."""
 
@@ -106,7 +164,9 @@ class _Unit:
 class FSDP(Single):
     """Shards in fp32, gathered unit by unit in the compute type; gradients cut as soon as a unit has all of its own."""
 
-    def __init__(self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any]) -> None:
+    def __init__(
+        self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
+    ) -> None:
         self.ranks: int = rendered["mesh"]["dp_shard"]
         self.replicas: int = rendered["mesh"].get("dp_replicate", 1)
         wrap = [(entry["modules"], entry["reshard_after_forward"]) for entry in rendered["wrap"]]
@@ -119,7 +179,7 @@ class FSDP(Single):
         self._reducing: Storage | None = None
         self._last = True
         self._elements: dict[str, int] = {}
-        super().__init__(ops, spec, groups, rendered)
+        super().__init__(ops, spec, groups, rendered, plan)
 
     def build(self) -> None:
         super().build()
@@ -134,6 +194,9 @@ class FSDP(Single):
                 owner.leaves[parameter.name] = self.leaves[parameter.name]
         self.units = [unit for unit in self.units if unit.shard]
         self._unit_of = {module: unit for unit in self.units for module in unit.modules}
+
+    def leaf(self, parameter: Parameter) -> Leaf:
+        return Leaf(self.tape, category=None)
 
     def held(self, parameter: Parameter) -> int:
         rows = parameter.shape[0]
@@ -217,8 +280,7 @@ class FSDP(Single):
         """`wait_for_unshard`."""
         if unit.gathering is None:
             return
-        if forward:
-            self._held = None
+        before = self._held if forward else None  # a local variable of torch's keeps it until the end
         cast = None
         for name, count in unit.shard.items():
             if self.ranks == 1 and self.width != FLOAT:
@@ -226,9 +288,10 @@ class FSDP(Single):
             unit.whole[name].resize(self.width * count * self.ranks)
         del cast
         unit.unsharded = True
-        if forward and self.ranks > 1:
-            self._held = unit.gathering
+        if forward:
+            self._held = unit.gathering if self.ranks > 1 else None
         unit.gathering = None
+        del before
 
     def _shard(self, unit: _Unit) -> None:
         if unit.unsharded:
@@ -250,8 +313,9 @@ class FSDP(Single):
         count = sum(unit.shard[name] for name, _ in found)
         self._reducing = Storage(self.tape, FLOAT * count * self.ranks, "communication")
         del grads
-        part = Storage(self.tape, FLOAT * count, "gradients")
-        if self.replicas > 1 and not self._last:
+        final = self.replicas == 1 or self._last
+        part = Storage(self.tape, FLOAT * count, "gradients" if final else "communication")
+        if not final:
             unit.partial = unit.partial or part
             return
         unit.partial = None

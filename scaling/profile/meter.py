@@ -161,6 +161,7 @@ def _gathering() -> Iterator[tuple[Any, str]]:
 
     for name in ("foreach_all_gather", "foreach_all_gather_copy_out", "foreach_reduce"):
         yield _fsdp_param_group, name
+    yield _fsdp_param_group.FSDPParamGroup, "wait_for_unshard"  # copies by itself where there is one rank
     if coordinator := sys.modules.get("deepspeed.runtime.zero.partitioned_param_coordinator"):
         yield coordinator.PartitionedParameterCoordinator, "fetch_sub_module"
 

@@ -1,0 +1,167 @@
+"""The ledger of scaling/estimate against live tensors, over configurations drawn by a seeded generator.
+
+    python -m benchmarks.ledger --configurations 200 --seed 7 --out benchmarks/results/ledger-cpu.json
+
+Each configuration is rehearsed on this CPU (rank 0 of its ranks, two steps for real, live bytes counted) and played by
+the ledger. Exit code 0 where the peak is within 1 % at the median and 3 % at worst, and no part of it is off by more
+than 5 % of the peak.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scaling.estimate.step import play
+from scaling.rehearse import rehearse_all
+from scaling.run import resolve
+from scaling.run_folder import environment
+from scaling.spec import load_spec
+
+STEPS = 2
+"""From the second on all are alike."""
+MEDIAN, WORST, PART = 0.01, 0.03, 0.05
+BACKENDS: dict[str, dict[str, Any]] = {
+    "single": {"kind": "single"},
+    "ddp": {"kind": "ddp"},
+    "fsdp": {"kind": "fsdp"},
+    "fsdp-keep": {"kind": "fsdp", "reshard_after_forward": False},
+    "hsdp": {"kind": "fsdp", "replicate": 2},
+}
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cells = list(draw(options.configurations, options.seed, options.backends.split(","), Path(folder)))
+        rows = []
+        for row in compare(cells):
+            print(
+                row["error"] if "error" in row else f"{row['off']:+.3%}  worst part {row['worst_part']:.3%}", end="  "
+            )
+            print(row["name"], flush=True)
+            rows.append(row)
+    result = summary(rows)
+    print(json.dumps(result))
+    if options.out:
+        document = {"seed": options.seed, "environment": environment(1, "cpu"), **result, "rows": rows}
+        Path(options.out).write_text(json.dumps(document, indent=1) + "\n")
+    return 0 if result["good"] else 1
+
+
+def compare(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """For each cell, how far the played peak is from the counted one, and each of its parts from its own."""
+    for report in rehearse_all(cells, STEPS):
+        cell = report["cell"]
+        row: dict[str, Any] = {"name": cell["name"], "world_size": cell["world_size"]}
+        if "error" in report:
+            yield {**row, "error": report["error"]}
+            continue
+        job = resolve(load_spec(cell["spec"], cell["set"]), cell["world_size"])
+        played, real = play(job.spec, job.plan, job.groups, job.rendered).peak, report["memory"]
+        counted = real["peak_allocated_bytes"]
+        parts = {
+            part: (played.parts.get(part, 0) - real["parts"].get(part, 0)) / counted
+            for part in sorted({*played.parts, *real["parts"]})
+        }
+        yield {
+            **row,
+            "played": played.bytes,
+            "counted": counted,
+            "off": played.bytes / counted - 1,
+            "phases": [played.phase, real["peak_phase"]],
+            "parts": parts,
+            "worst_part": max(map(abs, parts.values())),
+        }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The errors over all rows."""
+    off = [abs(row["off"]) for row in rows if "error" not in row]
+    failed = sum("error" in row for row in rows)
+    found = {
+        "configurations": len(rows),
+        "failed": failed,
+        "median": statistics.median(off),
+        "worst": max(off),
+        "worst_part": max(row["worst_part"] for row in rows if "error" not in row),
+    }
+    good = not failed and found["median"] <= MEDIAN and found["worst"] <= WORST and found["worst_part"] <= PART
+    return {**found, "good": good}
+
+
+def draw(count: int, seed: int, backends: list[str], folder: Path) -> Iterator[dict[str, Any]]:
+    """Configurations, each with its spec written to `folder`; the backends take turns."""
+    chance = random.Random(seed)
+    for number in range(count):
+        name = backends[number % len(backends)]
+        backend, world_size = dict(BACKENDS[name]), chance.choice([1, 2, 3, 4, 8, 16, 64])
+        if name == "single":
+            world_size = 1
+        if name == "hsdp":
+            world_size = chance.choice([2, 4, 8, 64])
+        spec = {"model": _model(chance), "backend": backend, **_rest(chance, world_size)}
+        path = folder / f"{number}.json"
+        path.write_text(json.dumps(spec))
+        told = f"{number} {name} x{world_size} " + json.dumps({k: v for k, v in spec.items() if k != "data"})
+        yield {"spec": str(path), "world_size": world_size, "set": [], "name": told}
+
+
+def _model(chance: random.Random) -> dict[str, Any]:
+    heads, width = chance.choice([2, 4, 8]), chance.choice([16, 32, 48])
+    llama = chance.random() < 0.5
+    return {
+        "kind": "decoder",
+        "vocab_size": chance.choice([128, 1000, 4099]),
+        "hidden_size": heads * width,
+        "intermediate_size": heads * width * chance.choice([2, 4]) + chance.choice([0, 6]),
+        "num_hidden_layers": chance.choice([2, 3, 5]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": chance.choice([1, 2, heads]) if llama else heads,
+        "max_position_embeddings": 256,
+        "norm": "rmsnorm" if llama else "layernorm",
+        "activation": "swiglu" if llama else chance.choice(["gelu", "gelu_new", "relu"]),
+        "position": "rope" if llama else "learned",
+        "bias": not llama,
+        "qk_norm": llama and chance.random() < 0.3,
+        "qkv_bias": llama and chance.random() < 0.3,
+        "tie_word_embeddings": chance.random() < 0.5,
+    }
+
+
+def _rest(chance: random.Random, world_size: int) -> dict[str, Any]:
+    micro, accumulation = chance.choice([1, 2, 4]), chance.choice([1, 1, 2, 3])
+    frozen = chance.choice([[], [], ["embed*"], ["layers.0.*"], ["embed*", "layers.0.*"], ["layers.*.mlp.*"]])
+    groups = [{"name": "frozen", "match": frozen, "freeze": True}] if frozen else []
+    if chance.random() < 0.5:
+        groups.append({"name": "attention", "match": ["*.self_attn.*"], "lr": 1e-4})
+    return {
+        "name": "drawn",
+        "objective": {"kind": "causal_lm", "cross_entropy": chance.choice(["chunked", "chunked", "plain"])},
+        "data": {"kind": "synthetic", "sequence_length": chance.choice([32, 100, 256])},
+        "batch": {"global_batch_size": micro * accumulation * world_size, "micro_batch_size": micro},
+        "optimizer": {"lr": 1e-3},
+        "param_groups": [*groups, {"name": "rest", "match": ["*"]}],
+        "precision": chance.choice(["fp32", "bf16", "bf16"]),
+        "activation_checkpointing": chance.choice(["none", "none", "selective", "full"]),
+        "max_grad_norm": chance.choice([None, 1.0]),
+        "max_steps": 10,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.splitlines()[0])
+    parser.add_argument("--configurations", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--backends", default=",".join(BACKENDS), help=f"of {','.join(BACKENDS)}")
+    parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

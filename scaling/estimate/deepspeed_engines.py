@@ -1,0 +1,465 @@
+"""What DeepSpeed 0.19's ZeRO optimizers hold, as their sources allocate: runtime/zero/stage_1_and_2.py and others."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from scaling.estimate.ops import FLOAT, Ops
+from scaling.estimate.tape import Leaf, Node, Storage, Tape, Value
+from scaling.estimate.torch_engines import Single
+from scaling.groups import Group
+from scaling.inventory import Parameter, tied
+from scaling.records import BatchPlan
+from scaling.spec.sections import Spec
+
+ALIGNMENT = 2
+"""Elements times ranks that a flat group is a multiple of: `nccl_start_alignment_factor`."""
+
+
+class _Hooked(Leaf):
+    """A parameter whose gradient DeepSpeed takes over when it is there."""
+
+    __slots__ = ("elements", "group", "hook", "offset")
+
+    def __init__(self, tape: Tape, hook: Any, elements: int) -> None:
+        super().__init__(tape)
+        self.hook = hook
+        self.elements = elements
+        self.group = self.offset = 0
+        """Its optimizer group, and where it lies in that one's flat tensor."""
+
+    def take(self, gradient: Storage) -> None:
+        super().take(gradient)
+        del gradient
+        self.hook(self)
+
+
+class _Group:
+    """One optimizer group, flat."""
+
+    def __init__(self, tape: Tape, elements: int, ranks: int, width: int) -> None:
+        self.elements = -(-elements // (ALIGNMENT * ranks)) * ALIGNMENT * ranks
+        self.partition = self.elements // ranks
+        self.flat = Storage(tape, width * self.elements, "parameters")
+        self.state = [Storage(tape, FLOAT * self.partition, "optimizer") for _ in range(3)]
+        self.state.append(Storage(tape, FLOAT, "optimizer"))
+        self.averaged: list[Storage] = []
+        """This rank's part of the gradient."""
+
+
+class ZeRO12(Single):
+    """Stages 1 and 2: whole parameters in the compute type, fp32 masters and moments of this rank's part."""
+
+    def __init__(
+        self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
+    ) -> None:
+        self.ranks = plan.world_size
+        zero = rendered["zero_optimization"]
+        self.stage: int = zero["stage"]
+        self.bucket_elements: int = zero["reduce_bucket_size"]
+        self.overlaps: bool = zero["overlap_comm"]
+        self.trained = [group for group in groups if not group.frozen]
+        self.buffers: list[Storage] = []
+        self.current = self.filled = 0
+        self.waiting: list[_Hooked] = []
+        self.in_partition: Storage | None = None
+        self.last = True
+        self.flats: list[_Group] = []
+        super().__init__(ops, spec, groups, rendered, plan)
+
+    @property
+    def compact(self) -> bool:
+        """Whether reduced gradients go straight to an fp32 tensor of this rank's part."""
+        return self.width != FLOAT
+
+    def leaf(self, parameter: Parameter) -> Leaf:
+        return _Hooked(self.tape, self.arrived, parameter.elements)
+
+    def build(self) -> None:
+        sizes = {parameter.name: parameter.elements for parameter in self._parameters}
+        for index, group in enumerate(self.trained):
+            flat = _Group(self.tape, sum(sizes[name] for name in group.names), self.ranks, self.width)
+            self.flats.append(flat)
+            offset = 0
+            for name in group.names:
+                leaf = self.leaves[name]
+                assert isinstance(leaf, _Hooked)
+                leaf.group, leaf.offset = index, offset
+                offset += sizes[name]
+                self._values[name] = Value(flat.flat, sizes[name], leaf)
+        for parameter in self._parameters:
+            if parameter.name not in self._values:
+                storage = Storage(self.tape, self.width * parameter.elements)
+                self._values[parameter.name] = Value(storage, parameter.elements)
+
+    def read(self, name: str) -> Value:
+        return self._values[name]
+
+    def begin(self, *, last: bool) -> None:
+        self.last = last
+
+    def arrived(self, leaf: _Hooked) -> None:
+        """`process_gradients`: into the bucket, which is reduced when it is full."""
+        if not self.buffers:
+            count = self.width * self.bucket_elements
+            self.buffers = [Storage(self.tape, count, "communication") for _ in range(1 + self.overlaps)]
+        if self.stage == 2 or (self.last and self.overlaps):
+            self.into_bucket(leaf)
+
+    def into_bucket(self, leaf: _Hooked) -> None:
+        """`reduce_independent_p_g_buckets_and_remove_grads`."""
+        if self.filled + leaf.elements > self.bucket_elements:
+            self.reduce()
+            self.current = (self.current + 1) % len(self.buffers)
+        if leaf.elements <= self.bucket_elements:
+            leaf.grad = self.buffers[self.current]
+        self.filled += leaf.elements
+        self.waiting.append(leaf)
+
+    def reduce(self) -> None:
+        """`reduce_ipg_grads`."""
+        self.average()
+        for leaf in self.waiting:
+            if not self.owned(leaf):
+                leaf.grad = leaf.grad if self.stage == 1 else None
+            elif not self.compact:
+                if self.in_partition is None:
+                    total = sum(leaf.elements for leaf in self.leaves_here())
+                    self.in_partition = Storage(self.tape, self.width * total, "gradients")
+                leaf.grad = self.in_partition
+        self.waiting, self.filled = [], 0
+
+    def average(self) -> None:
+        """`average_tensor`: rank by rank, what is for it flattened and, in 16 bits, cast."""
+        for rank in range(self.ranks):
+            slices: list[int] = []
+            for leaf in self.waiting:
+                group = self.flats[leaf.group]
+                start, stop = group.partition * rank, group.partition * (rank + 1)
+                count = min(stop, leaf.offset + leaf.elements) - max(start, leaf.offset)
+                if count > 0:
+                    slices.append(count)
+                    if rank == 0 and self.compact and not group.averaged:
+                        group.averaged = [Storage(self.tape, FLOAT * group.partition, "gradients")]
+            if slices:
+                flat = Storage(self.tape, self.width * sum(slices), "communication")
+                cast = Storage(self.tape, FLOAT * sum(slices), "communication") if self.compact else None
+                del flat, cast
+
+    def owned(self, leaf: _Hooked) -> bool:
+        """Whether rank 0 updates a part of it."""
+        return leaf.offset < self.flats[leaf.group].partition
+
+    def leaves_here(self) -> Iterator[_Hooked]:
+        """Parameters of which rank 0 updates a part."""
+        for leaf in self.leaves.values():
+            assert isinstance(leaf, _Hooked)
+            if self.owned(leaf):
+                yield leaf
+
+    def end(self) -> None:
+        """`independent_gradient_partition_epilogue`, at stage 1 after the last micro-step alone."""
+        if self.stage == 1 and not self.last:
+            return
+        if self.stage == 1 and not self.overlaps:
+            for leaf in reversed(self.leaves.values()):
+                assert isinstance(leaf, _Hooked)
+                self.into_bucket(leaf)
+        self.reduce()
+        if not self.compact:
+            for flat in self.flats:
+                if self.in_partition is not None and not flat.averaged:
+                    flat.averaged = [self.in_partition]
+        self.in_partition, self.buffers = None, []
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+    def step(self) -> None:
+        """The norm, then group by group a flat gradient and the update."""
+        norms = [Storage(self.tape, FLOAT) for _ in self.leaves_here()]
+        del norms
+        for flat in self.flats:
+            gradient = flat.averaged if self.compact else [Storage(self.tape, FLOAT * flat.partition, "gradients")]
+            flat.averaged = []
+            del gradient
+
+
+class _Handle:
+    """A gathering under way, and what it gathers into when that is not the parameters themselves."""
+
+    def __init__(self, names: Sequence[str], flat: Storage | None) -> None:
+        self.names = names
+        self.flat = flat
+        self.done = False
+
+
+class ZeRO3(Single):
+    """Stage 3: everything cut; parameters gathered module by module, some ahead of use.
+
+    As partitioned_param_coordinator.py, partition_parameters.py and stage3.py of runtime/zero have it. `place` numbers
+    the modules with parameters of their own as a pass enters them, backward ones included.
+    """
+
+    steps = 3
+
+    def __init__(
+        self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
+    ) -> None:
+        self.ranks = plan.world_size
+        self.zero: dict[str, Any] = rendered["zero_optimization"]
+        self.checks_overflow = spec.precision != "fp32"
+        self.trained = [group for group in groups if not group.frozen]
+        self.sizes: dict[str, int] = {}
+        self.whole: dict[str, Storage] = {}
+        self.modules: dict[str, list[str]] = {}
+        """Names of its own parameters, for each module that has any."""
+        self.persistent: set[str] = set()
+        self.users: dict[str, set[str]] = {}
+        """Modules at work on a parameter."""
+        self.ready: set[str] = set()
+        self.flying: dict[str, _Handle] = {}
+        self.trace: list[str] = []
+        """Modules in the order of a pass; known after the first."""
+        self.recorded = False
+        self.queue: list[tuple[str, int]] = []
+        self.fetched_for: dict[str, int] = {}
+        self.place = self.available = 0
+        self.waiting: list[_Hooked] = []
+        self.filled = 0
+        self.tied = tied(spec.model)
+        self.leaf_modules = spec.compile or spec.activation_checkpointing == "selective"
+        super().__init__(ops, spec, groups, rendered, plan)
+
+    def leaf(self, parameter: Parameter) -> Leaf:
+        return _Hooked(self.tape, self.arrived, parameter.elements)
+
+    def part(self, name: str) -> int:
+        """Elements of a parameter on a rank, padding included."""
+        return -(-self.sizes[name] // self.ranks)
+
+    def build(self) -> None:
+        for parameter in self._parameters:
+            name = parameter.name
+            self.sizes[name] = parameter.elements
+            self.modules.setdefault(self.owner(name), []).append(name)
+            self.users[name] = set()
+            self.whole[name] = Storage(self.tape, 0, "communication")
+            if parameter.elements <= self.zero["stage3_param_persistence_threshold"]:
+                self.persistent.add(name)
+        for first, *others in self.tied:
+            for other in others:
+                self.modules.setdefault(other.rpartition(".")[0], []).append(first)
+        self.sub_groups: list[int] = []
+        for group in self.trained:
+            count = 0
+            for name in group.names:
+                count += self.part(name)
+                if count >= self.zero["sub_group_size"] or name == group.names[-1]:
+                    self.sub_groups.append(count)
+                    count = 0
+        total = sum(self.sub_groups)
+        self.held_state = [Storage(self.tape, self.width * total, "parameters")]
+        for name in self.sizes.keys() - self.leaves.keys():
+            self.held_state.append(Storage(self.tape, self.width * self.part(name), "parameters"))
+        for count in self.sub_groups:
+            self.held_state += [Storage(self.tape, FLOAT * count, "optimizer") for _ in range(3)]
+            self.held_state.append(Storage(self.tape, FLOAT, "optimizer"))
+        self.held_state.append(Storage(self.tape, FLOAT * total, "gradients"))
+        self.held_state.append(Storage(self.tape, FLOAT * self.zero["reduce_bucket_size"], "communication"))
+        self.fetch_persistent()
+
+    def owner(self, name: str) -> str:
+        """The module whose hooks gather a parameter: its own, or its block where blocks are gathered whole."""
+        if self.leaf_modules and name.startswith("layers."):
+            return ".".join(name.split(".")[:2])
+        return name.rpartition(".")[0]
+
+    def read(self, name: str) -> Value:
+        return Value(self.whole[name], self.sizes[name], self.leaves.get(name))
+
+    # ------------------------------------------------------------ gathering
+
+    def enter(self, module: str, value: Value | None) -> Value | None:
+        if not module:
+            self.begin_pass()
+        if module not in self.modules:
+            return value
+        self.fetch(module)
+        if value is None or value.node is None:
+            return value
+
+        def run(gradient: Storage, _: list[Storage]) -> list[Storage]:
+            self.release(module)
+            return [gradient]
+
+        return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+
+    def leave(self, module: str, value: Value) -> Value:
+        if module not in self.modules:
+            return value
+        self.release(module)
+        if value.node is None:
+            return value
+
+        def run(gradient: Storage, _: list[Storage]) -> list[Storage]:
+            self.fetch(module)
+            return [gradient]
+
+        return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+
+    def begin_pass(self) -> None:
+        """`reset_step`: what is still under way ends, and the queue of parameters to come begins anew."""
+        for name in list(self.flying):
+            self.wait(name)
+            self.free(name)
+        if self.trace:
+            self.recorded = True
+        self.queue = [(name, step) for step, module in enumerate(self.trace) for name in self.names(module)]
+        self.fetched_for = {}
+        self.place = self.available = 0
+
+    def names(self, module: str) -> list[str]:
+        """Parameters of a module, in the order of the model."""
+        return sorted(self.modules[module], key=list(self.sizes).index)
+
+    def fetch(self, module: str) -> None:
+        """`fetch_sub_module`."""
+        if not self.recorded:
+            self.trace.append(module)
+        names = self.names(module)
+        self.gather([name for name in names if name not in self.ready and name not in self.flying])
+        for name in names:
+            self.users[name].add(module)
+            if name in self.flying:
+                self.wait(name)
+        if self.recorded:
+            self.take_from_queue(names)
+            self.prefetch()
+        self.place += 1
+
+    def take_from_queue(self, names: Sequence[str]) -> None:
+        """Parameters of the module at work are not to come any more."""
+        missing = {name for name in names if self.fetched_for.get(name, -1) < self.place}
+        seen: set[str] = set()
+        while self.queue and len(seen) < len(missing):
+            name, step = self.queue.pop(0)
+            self.fetched_for[name] = step
+            seen.add(name)
+
+    def prefetch(self) -> None:
+        """Parameters that come next, as many elements as allowed."""
+        most = min(self.zero["stage3_max_live_parameters"] - self.available, self.zero["stage3_prefetch_bucket_size"])
+        names: list[str] = []
+        count = 0
+        while self.queue and count < most:
+            name, step = self.queue.pop(0)
+            self.fetched_for[name] = max(self.fetched_for.get(name, -1), step)
+            if name not in self.ready and name not in self.flying and name not in names:
+                names.append(name)
+                count += self.sizes[name]
+        self.gather(names)
+
+    def gather(self, names: Sequence[str]) -> None:
+        """`all_gather_coalesced`: one straight into its place, several by way of a flat tensor."""
+        if not names:
+            return
+        self.available += sum(self.sizes[name] for name in names)
+        flat = None
+        if self.ranks > 1 and len(names) > 1:
+            count = self.ranks * sum(self.part(name) for name in names)
+            flat = Storage(self.tape, self.width * count, "communication")
+        elif self.ranks > 1:
+            self.whole[names[0]].resize(self.width * self.part(names[0]) * self.ranks)
+        handle = _Handle(names, flat)
+        for name in names:
+            self.flying[name] = handle
+
+    def wait(self, name: str) -> None:
+        """All that came together is copied to its places; the flat tensor goes with the last that asks."""
+        handle = self.flying.pop(name)
+        if not handle.done and handle.flat is not None:
+            for other in handle.names:
+                self.whole[other].resize(self.width * self.sizes[other])
+        handle.done = True
+        self.ready.update(handle.names)
+
+    def release(self, module: str) -> None:
+        """`release_sub_module`: free what no other module uses, and none will soon."""
+        keep = set(self.persistent) if self.recorded else set()
+        if self.recorded:
+            keep |= {name for name in self.modules[module] if self.fetched_for.get(name, -1) > self.place}
+            passed = 0
+            for later in self.trace[self.place :]:
+                if passed >= self.zero["stage3_max_reuse_distance"]:
+                    break
+                for name in self.modules[later]:
+                    keep.add(name)
+                    passed += self.sizes[name]
+        for name in self.modules[module]:
+            self.users[name].discard(module)
+            if name not in keep and not self.users[name] and name in self.ready:
+                self.free(name)
+
+    def free(self, name: str) -> None:
+        """Cut again."""
+        if name in self.ready:
+            self.ready.remove(name)
+            self.available -= self.sizes[name]
+        self.whole[name].resize(0)
+
+    def fetch_persistent(self) -> None:
+        """`persistent_parameters[0].all_gather`: before the first pass and after each update."""
+        names = [name for name in self.sizes if name in self.persistent and name not in self.ready]
+        for name in names:
+            if self.ranks > 1:
+                self.whole[name].resize(self.width * self.part(name) * self.ranks)
+            self.ready.add(name)
+
+    # ------------------------------------------------------------ gradients
+
+    def arrived(self, leaf: _Hooked) -> None:
+        """`reduce_independent_p_g_buckets_and_remove_grads`."""
+        if self.filled and self.filled + leaf.elements > self.zero["reduce_bucket_size"]:
+            self.reduce()
+        if self.filled + leaf.elements <= self.zero["reduce_bucket_size"]:
+            leaf.grad = self.held_state[-1]
+        self.waiting.append(leaf)
+        self.filled += leaf.elements
+
+    def reduce(self) -> None:
+        """`__avg_scatter_grads` and `partition_grads`."""
+        if not self.waiting:
+            return
+        bucket = self.held_state[-1]
+        casts = [
+            Storage(self.tape, FLOAT * leaf.elements, "communication")
+            for leaf in self.waiting
+            if leaf.grad is not bucket and self.width != FLOAT
+        ]
+        padded = sum(-(-leaf.elements // self.ranks) * self.ranks for leaf in self.waiting)
+        alone = len(self.waiting) == 1 and padded == self.waiting[0].elements
+        flat = None if alone else Storage(self.tape, FLOAT * padded, "communication")
+        del casts, flat
+        for leaf in self.waiting:
+            leaf.grad = None
+        self.waiting, self.filled = [], 0
+
+    def end(self) -> None:
+        self.reduce()
+        # Modules whose inputs took no gradient are released now.
+        for module in self.modules:
+            for name in self.modules[module]:
+                self.users[name].discard(module)
+                if name in self.ready and name not in self.persistent and not self.users[name]:
+                    self.free(name)
+
+    def step(self) -> None:
+        """Sub-group by sub-group a flat gradient and the update."""
+        for name in list(self.ready):
+            self.free(name)
+        if self.checks_overflow:
+            found = Storage(self.tape, sum(self.sub_groups))
+            del found
+        for count in self.sub_groups:
+            gradient = Storage(self.tape, FLOAT * count, "gradients")
+            del gradient
+        self.fetch_persistent()
