@@ -38,7 +38,7 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 """103 M parameters: GPT-2's shape with 11 layers and a smaller vocabulary."""
-EVERY = 30
+EVERY = 12
 """Steps between two saves."""
 NEIGHBOURS = 4
 """Steps before a saving one, and after it, that it is compared with."""
@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--backend", default="fsdp", choices=[name for name in BACKENDS if name != "single"])
-    parser.add_argument("--repeats", type=int, default=10, help="saves to measure")
+    parser.add_argument("--repeats", type=int, default=20, help="saves to measure")
     parser.add_argument("--folder", default=".", help="on the disk to be measured")
     parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

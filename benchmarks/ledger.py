@@ -32,6 +32,9 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "fsdp": {"kind": "fsdp"},
     "fsdp-keep": {"kind": "fsdp", "reshard_after_forward": False},
     "hsdp": {"kind": "fsdp", "replicate": 2},
+    "zero1": {"kind": "deepspeed", "zero_stage": 1},
+    "zero2": {"kind": "deepspeed", "zero_stage": 2},
+    "zero2-small": {"kind": "deepspeed", "zero_stage": 2, "reduce_bucket_size": 20_000},
 }
 
 

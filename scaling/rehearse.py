@@ -114,10 +114,12 @@ def rehearse(job: Job, steps: int) -> dict[str, Any]:
     """
     import torch
 
+    from scaling.engine.build import import_backend
     from scaling.engine.process import rehearsed_process
     from scaling.profile.meter import build_meter
 
     with rehearsed_process(job.plan.world_size) as process:
+        import_backend(job.spec, process)  # the meter knows functions of libraries that are there
         meter = build_meter(process.device)
         try:
             with meter:

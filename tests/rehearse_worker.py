@@ -14,6 +14,7 @@ import torch
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scaling.engine.build import import_backend
 from scaling.engine.process import process_from_environment
 from scaling.profile.meter import build_meter
 from scaling.rehearse import take_steps
@@ -60,6 +61,7 @@ def main() -> None:
     distributed_c10d.ProcessGroupGloo = OneThreadGloo
     with process_from_environment() as process:
         job = resolve(load_spec(path, assignments), process.world_size)
+        import_backend(job.spec, process)
         meter = build_meter(process.device)
         with meter, Settled():
             take_steps(job, process, meter, 2)

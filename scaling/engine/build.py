@@ -11,6 +11,14 @@ from scaling.models.recipe import ModelRecipe
 from scaling.spec.sections import DDP, FSDP, DeepSpeed, Single, Spec
 
 
+def import_backend(spec: Spec, process: Process) -> None:
+    """Import the library that the spec's backend needs."""
+    if isinstance(spec.backend, DeepSpeed):
+        from scaling.engine.deepspeed_engine import import_deepspeed
+
+        import_deepspeed(process)
+
+
 def build_engine(
     spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups: Sequence[Group], process: Process
 ) -> Engine:

@@ -32,7 +32,7 @@ def build_deepspeed(
     process: Process,
 ) -> "DeepSpeedEngine":
     """Model, then optimizer, then `deepspeed.initialize`; then the fp32 initial values into its master weights."""
-    deepspeed = _import_deepspeed(process)
+    deepspeed = import_deepspeed(process)
     _check_abilities(deepspeed, spec, backend)
     stage3 = backend.zero_stage == 3
     context = deepspeed.zero.Init(config_dict_or_path=rendered) if stage3 else torch.device(process.device)
@@ -178,7 +178,8 @@ def load_scaler(scaler: Any, counters: Mapping[str, float]) -> None:
         scaler.cur_iter, scaler.last_overflow_iter = int(counters["finite_steps"]), -1
 
 
-def _import_deepspeed(process: Process) -> Any:
+def import_deepspeed(process: Process) -> Any:
+    """The library, told what is decided already; again costs nothing."""
     # DeepSpeed guesses its device from what is installed; ours is decided already.
     os.environ.setdefault("DS_ACCELERATOR", process.device.type)
     os.environ.setdefault("LOCAL_RANK", str(process.local_rank))  # absent without a launcher, and it insists

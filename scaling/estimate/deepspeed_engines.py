@@ -25,7 +25,7 @@ class _Hooked(Leaf):
     __slots__ = ("elements", "group", "hook", "offset")
 
     def __init__(self, tape: Tape, hook: Any, elements: int) -> None:
-        super().__init__(tape)
+        super().__init__(tape, category=None)
         self.hook = hook
         self.elements = elements
         self.group = self.offset = 0
@@ -33,8 +33,9 @@ class _Hooked(Leaf):
 
     def take(self, gradient: Storage) -> None:
         super().take(gradient)
-        del gradient
         self.hook(self)
+        if self.grad is gradient:
+            gradient.label.category = "gradients"
 
 
 class _Group:
@@ -50,36 +51,32 @@ class _Group:
         """This rank's part of the gradient."""
 
 
-class ZeRO12(Single):
-    """Stages 1 and 2: whole parameters in the compute type, fp32 masters and moments of this rank's part."""
+class _Flat(Single):
+    """Stages 1 and 2: whole parameters in the compute type, fp32 masters and moments of this rank's part.
+
+    Parameters that train are parts of one tensor for each group, frozen ones as they are.
+    """
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
     ) -> None:
         self.ranks = plan.world_size
-        zero = rendered["zero_optimization"]
-        self.stage: int = zero["stage"]
-        self.bucket_elements: int = zero["reduce_bucket_size"]
-        self.overlaps: bool = zero["overlap_comm"]
         self.trained = [group for group in groups if not group.frozen]
-        self.buffers: list[Storage] = []
-        self.current = self.filled = 0
-        self.waiting: list[_Hooked] = []
-        self.in_partition: Storage | None = None
-        self.last = True
         self.flats: list[_Group] = []
+        self.host: list[Storage] = []
+        """In host memory: on a CPU that is device memory too."""
+        self.last = True
         super().__init__(ops, spec, groups, rendered, plan)
-
-    @property
-    def compact(self) -> bool:
-        """Whether reduced gradients go straight to an fp32 tensor of this rank's part."""
-        return self.width != FLOAT
 
     def leaf(self, parameter: Parameter) -> Leaf:
         return _Hooked(self.tape, self.arrived, parameter.elements)
 
+    def arrived(self, leaf: _Hooked) -> None:
+        """A parameter has its gradient of a micro-step."""
+        raise NotImplementedError
+
     def build(self) -> None:
-        sizes = {parameter.name: parameter.elements for parameter in self._parameters}
+        sizes = {parameter.name: parameter.elements for parameter in self.parameters}
         for index, group in enumerate(self.trained):
             flat = _Group(self.tape, sum(sizes[name] for name in group.names), self.ranks, self.width)
             self.flats.append(flat)
@@ -89,23 +86,50 @@ class ZeRO12(Single):
                 assert isinstance(leaf, _Hooked)
                 leaf.group, leaf.offset = index, offset
                 offset += sizes[name]
-                self._values[name] = Value(flat.flat, sizes[name], leaf)
-        for parameter in self._parameters:
-            if parameter.name not in self._values:
-                storage = Storage(self.tape, self.width * parameter.elements)
-                self._values[parameter.name] = Value(storage, parameter.elements)
+                self.values[name] = Value(flat.flat, sizes[name], leaf)
+        for name, size in sizes.items():
+            if name not in self.values:
+                self.values[name] = Value(Storage(self.tape, self.width * size), size)
+                if self.width != FLOAT:  # this rank's part in fp32, for checkpoints
+                    self.host.append(Storage(self.tape, FLOAT * (size // self.ranks), "optimizer"))
 
     def read(self, name: str) -> Value:
-        return self._values[name]
+        return self.values[name]
 
     def begin(self, *, last: bool) -> None:
         self.last = last
 
+
+class ZeRO12(_Flat):
+    """Stages 1 and 2 as runtime/zero/stage_1_and_2.py has them: gradients reduced bucket by bucket."""
+
+    def __init__(
+        self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
+    ) -> None:
+        zero = rendered["zero_optimization"]
+        self.stage: int = zero["stage"]
+        self.bucket_elements: int = zero["reduce_bucket_size"]
+        self.overlaps: bool = zero["overlap_comm"]
+        self.buffers: list[Storage] = []
+        self.current = self.filled = 0
+        self.waiting: list[_Hooked] = []
+        self.in_partition: Storage | None = None
+        super().__init__(ops, spec, groups, rendered, plan)
+        self.accumulates = self.stage == 1 and self.width != FLOAT
+        """`use_grad_accum_attribute`: fp32 gradients of whole parameters."""
+        self.buffer_width = FLOAT if self.accumulates else self.width
+
+    @property
+    def compact(self) -> bool:
+        """Whether reduced gradients go straight to an fp32 tensor of this rank's part."""
+        return self.width != FLOAT
+
     def arrived(self, leaf: _Hooked) -> None:
         """`process_gradients`: into the bucket, which is reduced when it is full."""
         if not self.buffers:
-            count = self.width * self.bucket_elements
+            count = self.buffer_width * self.bucket_elements
             self.buffers = [Storage(self.tape, count, "communication") for _ in range(1 + self.overlaps)]
+            self.current = 0
         if self.stage == 2 or (self.last and self.overlaps):
             self.into_bucket(leaf)
 
@@ -123,41 +147,57 @@ class ZeRO12(Single):
         """`reduce_ipg_grads`."""
         self.average()
         for leaf in self.waiting:
-            if not self.owned(leaf):
+            if leaf.offset >= self.flats[leaf.group].partition:  # rank 0 updates no part of it
                 leaf.grad = leaf.grad if self.stage == 1 else None
             elif not self.compact:
                 if self.in_partition is None:
                     total = sum(leaf.elements for leaf in self.leaves_here())
-                    self.in_partition = Storage(self.tape, self.width * total, "gradients")
+                    self.in_partition = Storage(self.tape, FLOAT * total, "gradients")
                 leaf.grad = self.in_partition
         self.waiting, self.filled = [], 0
 
     def average(self) -> None:
-        """`average_tensor`: rank by rank, what is for it flattened and, in 16 bits, cast."""
-        for rank in range(self.ranks):
-            slices: list[int] = []
-            for leaf in self.waiting:
-                group = self.flats[leaf.group]
-                start, stop = group.partition * rank, group.partition * (rank + 1)
-                count = min(stop, leaf.offset + leaf.elements) - max(start, leaf.offset)
-                if count > 0:
-                    slices.append(count)
-                    if rank == 0 and self.compact and not group.averaged:
-                        group.averaged = [Storage(self.tape, FLOAT * group.partition, "gradients")]
-            if slices:
-                flat = Storage(self.tape, self.width * sum(slices), "communication")
-                cast = Storage(self.tape, FLOAT * sum(slices), "communication") if self.compact else None
-                del flat, cast
+        """`average_tensor`: slices by the rank that wants them, flattened into one and, in 16 bits, cast."""
+        slices: list[int] = []
+        for count in self.slices():
+            slices.append(count)
+            if sum(slices) > self.bucket_elements:
+                self.all_reduce(slices)
+                slices = []
+        if slices:
+            self.all_reduce(slices)
 
-    def owned(self, leaf: _Hooked) -> bool:
-        """Whether rank 0 updates a part of it."""
-        return leaf.offset < self.flats[leaf.group].partition
+    def slices(self) -> list[int]:
+        """Elements of each part of the bucket that one rank wants; neighbours are one unless they are for rank 0."""
+        found: list[int] = []
+        before = -1
+        for leaf in self.waiting:
+            group = self.flats[leaf.group]
+            start, end = leaf.offset, leaf.offset + leaf.elements
+            while start < end:
+                rank = start // group.partition
+                count = min(end, group.partition * (rank + 1)) - start
+                if rank == 0 and self.compact and not group.averaged:
+                    group.averaged = [Storage(self.tape, FLOAT * group.partition, "gradients")]
+                if rank == before and not (rank == 0 and self.compact):
+                    found[-1] += count
+                else:
+                    found.append(count)
+                before, start = rank, start + count
+        return found
+
+    def all_reduce(self, slices: Sequence[int]) -> None:
+        """`allreduce_bucket`; one tensor alone is not copied."""
+        total = sum(slices)
+        flat = Storage(self.tape, self.buffer_width * total, "communication") if len(slices) > 1 else None
+        cast = Storage(self.tape, FLOAT * total, "communication") if self.buffer_width != FLOAT else None
+        del flat, cast
 
     def leaves_here(self) -> Iterator[_Hooked]:
         """Parameters of which rank 0 updates a part."""
         for leaf in self.leaves.values():
             assert isinstance(leaf, _Hooked)
-            if self.owned(leaf):
+            if leaf.offset < self.flats[leaf.group].partition:
                 yield leaf
 
     def end(self) -> None:
@@ -165,9 +205,11 @@ class ZeRO12(Single):
         if self.stage == 1 and not self.last:
             return
         if self.stage == 1 and not self.overlaps:
-            for leaf in reversed(self.leaves.values()):
-                assert isinstance(leaf, _Hooked)
-                self.into_bucket(leaf)
+            for flat in range(len(self.flats)):
+                for leaf in self.leaves.values():
+                    assert isinstance(leaf, _Hooked)
+                    if leaf.group == flat and leaf.grad is not None:
+                        self.into_bucket(leaf)
         self.reduce()
         if not self.compact:
             for flat in self.flats:
@@ -185,6 +227,40 @@ class ZeRO12(Single):
             gradient = flat.averaged if self.compact else [Storage(self.tape, FLOAT * flat.partition, "gradients")]
             flat.averaged = []
             del gradient
+
+
+class BF16(_Flat):
+    """Stage 1 in bf16 without offload, runtime/bf16_optimizer.py: whole fp32 gradients, from the start."""
+
+    ALL_REDUCE_ELEMENTS = 500_000_000
+    """`MEMORY_OPT_ALLREDUCE_SIZE` of runtime/engine.py."""
+
+    def build(self) -> None:
+        super().build()
+        self.held_gradients = [Storage(self.tape, FLOAT * flat.elements, "gradients") for flat in self.flats]
+
+    def arrived(self, leaf: _Hooked) -> None:
+        """`accumulate_hp_grads_and_remove_lp`."""
+        cast = Storage(self.tape, FLOAT * leaf.elements)
+        leaf.grad = None
+        del cast
+
+    def end(self) -> None:
+        """`allreduce_no_retain`: the flat gradients of some groups, flattened once more unless one is alone."""
+        if not self.last:
+            return
+        bucket: list[int] = []
+        for flat in self.flats:
+            bucket.append(flat.elements)
+            if sum(bucket) > self.ALL_REDUCE_ELEMENTS or flat is self.flats[-1]:
+                joined = Storage(self.tape, FLOAT * sum(bucket), "communication") if len(bucket) > 1 else None
+                bucket = []
+                del joined
+
+    def step(self) -> None:
+        """The norm of each gradient; all else is in place."""
+        norms = [Storage(self.tape, FLOAT) for _ in self.leaves]
+        del norms
 
 
 class _Handle:
@@ -241,7 +317,7 @@ class ZeRO3(Single):
         return -(-self.sizes[name] // self.ranks)
 
     def build(self) -> None:
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             name = parameter.name
             self.sizes[name] = parameter.elements
             self.modules.setdefault(self.owner(name), []).append(name)

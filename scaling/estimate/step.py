@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scaling.estimate.decoder import PlayedDecoder
-from scaling.estimate.deepspeed_engines import ZeRO3, ZeRO12
+from scaling.estimate.deepspeed_engines import BF16, ZeRO3, ZeRO12
 from scaling.estimate.ops import FLOAT, LONG, Ops, Shape
 from scaling.estimate.tape import Storage, Tape, Value, backward
 from scaling.estimate.torch_engines import DDP, FSDP, Single
@@ -22,13 +22,20 @@ WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 def _engine(spec: Spec) -> type[Single]:
     match spec.backend:
         case DeepSpeedSpec():
-            return ZeRO12 if spec.backend.zero_stage < 3 else ZeRO3
+            return _zero_engine(spec, spec.backend)
         case FSDPSpec():
             return FSDP
         case DDPSpec():
             return DDP
         case _:
             return Single
+
+
+def _zero_engine(spec: Spec, backend: DeepSpeedSpec) -> type[Single]:
+    """As DeepSpeed chooses."""
+    if backend.zero_stage == 3:
+        return ZeRO3
+    return BF16 if backend.zero_stage == 1 and spec.precision == "bf16" and not backend.offload_optimizer else ZeRO12
 
 
 def play(spec: Spec, plan: BatchPlan, groups: Sequence[Group], rendered: dict[str, Any]) -> Tape:

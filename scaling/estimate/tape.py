@@ -18,73 +18,87 @@ from scaling.units import ALLOCATION_BYTES
 
 
 class Tape:
-    """Counts what is alive, in blocks of `rounding` bytes."""
+    """Notes what is made and freed, in blocks of `rounding` bytes; what was alive when is worked out afterwards."""
 
     def __init__(self, rounding: int = ALLOCATION_BYTES) -> None:
         self.rounding = rounding
-        self.live: Counter[str] = Counter()
-        """Bytes by category."""
-        self.total = 0
-        self.peaks: dict[str, Peak] = {}
-        """By phase."""
-        self.phase = self.category = "other"
+        self.changes: list[int] = []
+        """Bytes more, or less, one after the other."""
+        self.labels: list[Label] = []
+        """Of each change: what it is of."""
+        self.marks: list[tuple[int, str]] = [(0, "other")]
+        """(index of a change, phase): from there on."""
+        self.category = "other"
         self.nodes = itertools.count()
-        self.events = 0
-        self._peak_events: dict[str, int] = {}
-        """When each phase had its peak."""
+
+    @property
+    def total(self) -> int:
+        """Bytes alive now."""
+        return sum(self.changes)
 
     @property
     def peak(self) -> Peak:
         """The peak of all phases."""
         return max(self.peaks.values(), key=lambda peak: peak.bytes, default=Peak())
 
+    @property
+    def peaks(self) -> dict[str, Peak]:
+        """By phase."""
+        totals = list(itertools.accumulate(self.changes, initial=0))  # before each change, and after the last
+        ends = [*(start for start, _ in self.marks[1:]), len(self.changes)]
+        where: dict[str, int] = {}
+        for (start, phase), end in zip(self.marks, ends, strict=True):
+            highest = max(range(start, end + 1), key=totals.__getitem__)
+            if phase not in where or totals[highest] > totals[where[phase]]:
+                where[phase] = highest
+        return {phase: Peak(totals[place], phase, self.parts(place)) for phase, place in where.items()}
+
+    def parts(self, place: int) -> dict[str, int]:
+        """Bytes by category after so many changes."""
+        found: Counter[str] = Counter()
+        for label, more in zip(self.labels[:place], self.changes, strict=False):
+            found[label.category] += more
+        return {category: count for category, count in found.items() if count}
+
     @contextmanager
     def during(self, phase: str, category: str) -> Iterator[None]:
         """Count peaks under `phase`; what is made is of `category` unless it says otherwise."""
-        before, self.phase, self.category = (self.phase, self.category), phase, category
-        self.note(self.category, 0)
+        before, self.category = (self.marks[-1][1], self.category), category
+        self.marks.append((len(self.changes), phase))
         yield
-        self.phase, self.category = before
+        self.marks.append((len(self.changes), before[0]))
+        self.category = before[1]
 
-    def note(self, category: str, more: int) -> None:
-        """So many bytes more of a category are alive."""
-        self.events += 1
-        self.live[category] += more
-        self.total += more
-        peak = self.peaks.setdefault(self.phase, Peak(0, self.phase))
-        if self.total > peak.bytes:
-            peak.bytes, peak.parts = self.total, {name: count for name, count in self.live.items() if count}
-            self._peak_events[self.phase] = self.events
 
-    def rename(self, storage: "Storage", category: str) -> None:
-        """A storage is of another category, and has always been."""
-        parts = [self.live]
-        parts += [self.peaks[phase].parts for phase, event in self._peak_events.items() if event >= storage.born]
-        for counts in parts:
-            counts[storage.category] -= storage.bytes
-            counts[category] = counts.get(category, 0) + storage.bytes
-        storage.category = category
+class Label:
+    """What a storage is of; it may turn out later, and is then taken to have been so always."""
+
+    __slots__ = ("category",)
+
+    def __init__(self, category: str) -> None:
+        self.category = category
 
 
 class Storage:
     """Memory of one or more tensors; gone when nobody refers to it any more."""
 
-    __slots__ = ("born", "bytes", "category", "tape")
+    __slots__ = ("bytes", "label", "tape")
 
     def __init__(self, tape: Tape, count: int, category: str | None = None) -> None:
         self.tape = tape
-        self.bytes = -(-count // tape.rounding) * tape.rounding
-        self.category = category or tape.category
-        tape.note(self.category, self.bytes)
-        self.born = tape.events
+        self.label = Label(category or tape.category)
+        self.bytes = 0
+        self.resize(count)
 
     def __del__(self) -> None:
-        self.tape.note(self.category, -self.bytes)
+        self.tape.changes.append(-self.bytes)
+        self.tape.labels.append(self.label)
 
     def resize(self, count: int) -> None:
         """Be of another size, for all who refer to it: FSDP2 frees what it gathered in this way."""
         before, self.bytes = self.bytes, -(-count // self.tape.rounding) * self.tape.rounding
-        self.tape.note(self.category, self.bytes - before)
+        self.tape.changes.append(self.bytes - before)
+        self.tape.labels.append(self.label)
 
 
 Gradients = Sequence[Storage | None]
@@ -143,8 +157,8 @@ class Leaf(Node):
         """Keep a gradient, or add it to the one that is there."""
         if self.grad is None:
             self.grad = gradient
-            if self.category is not None and gradient.category == "workspace":
-                gradient.tape.rename(gradient, self.category)
+            if self.category is not None and gradient.label.category == "workspace":
+                gradient.label.category = self.category
 
     def _take(self, gradient: Storage, _: list[Storage]) -> Gradients:
         self.take(gradient)

@@ -28,10 +28,10 @@ class Single:
         self.width = ops.shape.width
         self.rendered = rendered
         frozen = {name for group in groups if group.frozen for name in group.names}
-        self._parameters = parameters(spec.model)
-        self.leaves = {p.name: self.leaf(p) for p in self._parameters if p.name not in frozen}
+        self.parameters = parameters(spec.model)
+        self.leaves = {p.name: self.leaf(p) for p in self.parameters if p.name not in frozen}
         self._state: list[Storage] = []
-        self._values: dict[str, Value] = {}
+        self.values: dict[str, Value] = {}
         with self.tape.during("build", "parameters"):
             self.build()
         ops.read = self.read
@@ -42,9 +42,9 @@ class Single:
 
     def build(self) -> None:
         """Parameters, and Adam's state of those that train."""
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             leaf, count = self.leaves.get(parameter.name), self.held(parameter)
-            self._values[parameter.name] = Value(Storage(self.tape, FLOAT * count), count, leaf)
+            self.values[parameter.name] = Value(Storage(self.tape, FLOAT * count), count, leaf)
             if leaf is not None:
                 self._state += [Storage(self.tape, size, "optimizer") for size in (FLOAT * count, FLOAT * count, FLOAT)]
 
@@ -54,7 +54,7 @@ class Single:
 
     def read(self, name: str) -> Value:
         """The parameter in the compute type: itself, or a copy whose gradient is cast back."""
-        value = self._values[name]
+        value = self.values[name]
         if self.width == FLOAT:
             return value
         return self.ops.cast(value, self.width, FLOAT)
@@ -120,7 +120,7 @@ class DDP(Single):
         limits = [self.FIRST_BUCKET_BYTES, self.rendered["ddp"]["bucket_cap_mb"] * 2**20]
         bucket: list[_InBucket] = []
         size = 0
-        trained = [p for p in reversed(self._parameters) if p.name in self.leaves]
+        trained = [p for p in reversed(self.parameters) if p.name in self.leaves]
         for parameter in trained:
             leaf = self.leaves[parameter.name]
             assert isinstance(leaf, _InBucket)
@@ -184,7 +184,7 @@ class FSDP(Single):
     def build(self) -> None:
         super().build()
         root, *inner = self.units
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             owner = next((u for u in inner if any(parameter.name.startswith(f"{m}.") for m in u.modules)), root)
             self._of_parameter[parameter.name] = owner
             self._elements[parameter.name] = parameter.elements

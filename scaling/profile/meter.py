@@ -1,6 +1,7 @@
 """Memory of a training step by phase: from the caching allocator on a GPU, from live tensors on a CPU."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -72,8 +73,9 @@ class _Live:
 
     def __enter__(self) -> "_Live":
         self._live.__enter__()
-        for owner, name in _gathering():
-            self._patches.enter_context(_wrapped(owner, name, lambda: self._live.category("communication")))
+        for owner, name, category in _known_functions():
+            around = functools.partial(self._live.category, category)
+            self._patches.enter_context(_wrapped(owner, name, around))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -153,17 +155,28 @@ class _Allocator:
         }
 
 
-def _gathering() -> Iterator[tuple[Any, str]]:
-    """The functions of FSDP2, and of ZeRO-3 if it is loaded, that gather parameters and reduce gradients."""
+def _known_functions() -> Iterator[tuple[Any, str, str]]:
+    """(owner, name, category of what is made there) of functions of FSDP2 and, if it is loaded, of DeepSpeed."""
     import sys
 
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
     for name in ("foreach_all_gather", "foreach_all_gather_copy_out", "foreach_reduce"):
-        yield _fsdp_param_group, name
-    yield _fsdp_param_group.FSDPParamGroup, "wait_for_unshard"  # copies by itself where there is one rank
+        yield _fsdp_param_group, name, "communication"
+    # Copies by itself where there is one rank.
+    yield _fsdp_param_group.FSDPParamGroup, "wait_for_unshard", "communication"
+    if stage12 := sys.modules.get("deepspeed.runtime.zero.stage_1_and_2"):
+        optimizer = stage12.DeepSpeedZeroOptimizer
+        for name in ("setup_buckets", "average_tensor"):
+            yield optimizer, name, "communication"
+        for name in ("_build_compact_grad_partition_buffer", "copy_grads_in_partition"):
+            yield optimizer, name, "gradients"
+    if bf16 := sys.modules.get("deepspeed.runtime.bf16_optimizer"):
+        yield bf16.BF16_Optimizer, "_setup_for_real_optimizer", "gradients"  # and masters, which are named later
+    if engine := sys.modules.get("deepspeed.runtime.engine"):
+        yield engine.DeepSpeedEngine, "allreduce_bucket", "communication"
     if coordinator := sys.modules.get("deepspeed.runtime.zero.partitioned_param_coordinator"):
-        yield coordinator.PartitionedParameterCoordinator, "fetch_sub_module"
+        yield coordinator.PartitionedParameterCoordinator, "fetch_sub_module", "communication"
 
 
 @contextlib.contextmanager
