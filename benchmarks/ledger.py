@@ -34,6 +34,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "hsdp": {"kind": "fsdp", "replicate": 2},
     "zero1": {"kind": "deepspeed", "zero_stage": 1},
     "zero2": {"kind": "deepspeed", "zero_stage": 2},
+    "zero1-small": {"kind": "deepspeed", "zero_stage": 1, "reduce_bucket_size": 20_000},
     "zero2-small": {"kind": "deepspeed", "zero_stage": 2, "reduce_bucket_size": 20_000},
 }
 

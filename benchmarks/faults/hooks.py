@@ -135,8 +135,8 @@ def _spoil_loss(number: int) -> None:
 
     build, count = objectives.build_objective, 0
 
-    def building(settings: Any) -> Any:
-        objective = build(settings)
+    def building(*arguments: Any) -> Any:
+        objective = build(*arguments)
 
         def spoilt(module: Any, batch: Any) -> Any:
             nonlocal count

@@ -35,9 +35,12 @@ def build_deepspeed(
     deepspeed = import_deepspeed(process)
     _check_abilities(deepspeed, spec, backend)
     stage3 = backend.zero_stage == 3
-    context = deepspeed.zero.Init(config_dict_or_path=rendered) if stage3 else torch.device(process.device)
-    with context:
-        model = recipe.build()
+    if stage3:
+        with deepspeed.zero.Init(config_dict_or_path=rendered):
+            model = recipe.build()
+    else:
+        with torch.device(process.device), _default_dtype(_DTYPES[spec.precision]):
+            model = recipe.build()
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     _fill(deepspeed, parameters, recipe, process, sharded=stage3)
     frozen = {name for group in groups if group.frozen for name in group.names}
@@ -53,6 +56,20 @@ def build_deepspeed(
     engine = DeepSpeedEngine(wrapped, parameters, stage3=stage3)
     engine.start_from(recipe)
     return engine
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make parameters of this type: made in fp32, the whole model would take twice the memory that it trains in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class DeepSpeedEngine:

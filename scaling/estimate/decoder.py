@@ -31,6 +31,8 @@ class PlayedDecoder:
         self.chunked = chunked
         self.checkpointing = checkpointing
         self.queries = model.num_attention_heads * head_dim(model)
+        self.rotation: list[Storage] = []
+        """Cosines and sines."""
         self.keys = (model.num_key_value_heads or model.num_attention_heads) * head_dim(model)
 
     def forward(self) -> Value:
@@ -40,7 +42,7 @@ class PlayedDecoder:
         hooks.enter("embed_tokens", None)
         hidden = hooks.leave("embed_tokens", ops.embedding("embed_tokens", shape.rows, model.hidden_size))
         positions = ops.new(shape.sequence, LONG)  # noqa: F841 - alive until the end
-        rotation = [ops.new(shape.sequence * head_dim(model)) for _ in range(2 * (model.position == "rope"))]  # noqa: F841
+        self.rotation = [ops.new(shape.sequence * head_dim(model)) for _ in range(2 * (model.position == "rope"))]
         if model.position == "learned":
             hooks.enter("embed_positions", None)
             places = hooks.leave("embed_positions", ops.embedding("embed_positions", shape.sequence, model.hidden_size))
@@ -49,7 +51,10 @@ class PlayedDecoder:
         hidden = self.dropout(hidden)
         for index in range(model.num_hidden_layers):
             hidden = self.wrapped(f"layers.{index}", hidden, self.block)
-        return hooks.leave("", self.wrapped("lm_head", self.wrapped("norm", hidden, self.norm), self.head))
+        loss = self.wrapped("lm_head", self.wrapped("norm", hidden, self.norm), self.head)
+        del hidden, positions
+        self.rotation = []
+        return hooks.leave("", loss)
 
     def wrapped(self, name: str, value: Value, body: Callable[[str, Value], Value]) -> Value:
         """A module with what its backend does before and after it."""
@@ -62,8 +67,18 @@ class PlayedDecoder:
         """Block.forward, checkpointed or not."""
         if self.checkpointing == "none":
             return self.block_forward(name, hidden)
-        selective = self.checkpointing == "selective"
-        return self.ops.checkpointed(lambda hidden: self.block_forward(name, hidden), hidden, selective=selective)
+        rotation, selective = self.rotation, self.checkpointing == "selective"
+
+        def call(hidden: Value) -> Value:
+            self.rotation = rotation
+            try:
+                return self.block_forward(name, hidden)
+            finally:
+                self.rotation = []
+
+        result = self.ops.checkpointed(call, hidden, selective=selective)
+        self.rotation = rotation
+        return result
 
     def block_forward(self, name: str, hidden: Value) -> Value:
         """Block.forward."""
@@ -102,7 +117,7 @@ class PlayedDecoder:
             query = self.wrapped(f"{name}.q_norm", query, self.head_norm)
             key = self.wrapped(f"{name}.k_norm", key, self.head_norm)
         if model.position == "rope":
-            query, key = ops.rotate(query), ops.rotate(key)
+            query, key = ops.rotate(query, *self.rotation), ops.rotate(key, *self.rotation)
         mixed = ops.attention(query, key, value, model.num_attention_heads)
         if model.qk_norm:  # its result is laid out like the query
             mixed = ops.contiguous(mixed)

@@ -15,6 +15,8 @@ from scaling.inventory import Parameter, tied
 from scaling.records import BatchPlan
 from scaling.spec.sections import Spec
 
+DOUBLE = 8
+"""Bytes of an element in which norms are taken: `get_norm_dtype`."""
 ALIGNMENT = 2
 """Elements times ranks that a flat group is a multiple of: `nccl_start_alignment_factor`."""
 
@@ -45,10 +47,13 @@ class _Group:
         self.elements = -(-elements // (ALIGNMENT * ranks)) * ALIGNMENT * ranks
         self.partition = self.elements // ranks
         self.flat = Storage(tape, width * self.elements, "parameters")
-        self.state = [Storage(tape, FLOAT * self.partition, "optimizer") for _ in range(3)]
-        self.state.append(Storage(tape, FLOAT, "optimizer"))
+        self.state = [Storage(tape, FLOAT * self.partition, "optimizer")]
         self.averaged: list[Storage] = []
         """This rank's part of the gradient."""
+
+    def make_moments(self, tape: Tape) -> None:
+        """Adam's, and the count of its steps."""
+        self.state += [Storage(tape, size, "optimizer") for size in (FLOAT * self.partition,) * 2 + (FLOAT,)]
 
 
 class _Flat(Single):
@@ -92,6 +97,15 @@ class _Flat(Single):
                 self.values[name] = Value(Storage(self.tape, self.width * size), size)
                 if self.width != FLOAT:  # this rank's part in fp32, for checkpoints
                     self.host.append(Storage(self.tape, FLOAT * (size // self.ranks), "optimizer"))
+        self.make_gradients()
+        if self.width != FLOAT:  # initial values for the masters, one parameter after the other
+            largest = Storage(self.tape, FLOAT * max(sizes.values()), "other")
+            del largest
+        for flat in self.flats:
+            flat.make_moments(self.tape)
+
+    def make_gradients(self) -> None:
+        """Those that are there from the start."""
 
     def read(self, name: str) -> Value:
         return self.values[name]
@@ -220,8 +234,13 @@ class ZeRO12(_Flat):
             leaf.grad = None
 
     def step(self) -> None:
-        """The norm, then group by group a flat gradient and the update."""
-        norms = [Storage(self.tape, FLOAT) for _ in self.leaves_here()]
+        """The norm, of each gradient in fp64; then group by group a flat gradient and the update."""
+        norms: list[Storage] = []
+        for leaf in self.leaves_here():
+            count = min(leaf.elements, self.flats[leaf.group].partition - leaf.offset)
+            exact = Storage(self.tape, DOUBLE * count)
+            norms.append(Storage(self.tape, DOUBLE))
+            del exact
         del norms
         for flat in self.flats:
             gradient = flat.averaged if self.compact else [Storage(self.tape, FLOAT * flat.partition, "gradients")]
@@ -235,8 +254,7 @@ class BF16(_Flat):
     ALL_REDUCE_ELEMENTS = 500_000_000
     """`MEMORY_OPT_ALLREDUCE_SIZE` of runtime/engine.py."""
 
-    def build(self) -> None:
-        super().build()
+    def make_gradients(self) -> None:
         self.held_gradients = [Storage(self.tape, FLOAT * flat.elements, "gradients") for flat in self.flats]
 
     def arrived(self, leaf: _Hooked) -> None:

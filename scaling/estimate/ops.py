@@ -115,16 +115,16 @@ class Ops:
         return self.result(first.elements, [first, second], [], run)
 
     def linear(self, name: str, inputs: Value, outputs: int, bias: bool) -> Value:
-        """inputs @ weight.T + bias."""
+        """inputs @ weight.T + bias; the gradient of the bias comes first, as addmm names it first."""
         weight = self.read(f"{name}.weight")
         extra = self.read(f"{name}.bias") if bias else None
         rows = inputs.elements // (weight.elements // outputs)
         saved = [inputs.storage] if weight.node else []
         saved += [weight.storage] if inputs.node else []
 
-        sizes = self.wanted((inputs, weight, extra), (inputs.elements, weight.elements, outputs))
+        sizes = self.wanted((extra, inputs, weight), (outputs, inputs.elements, weight.elements))
         make = lambda: self.kept(rows * outputs)  # noqa: E731
-        return self.result(rows * outputs, [inputs, weight, extra], saved, lambda *_: self.made(sizes), make)
+        return self.result(rows * outputs, [extra, inputs, weight], saved, lambda *_: self.made(sizes), make)
 
     def layer_norm(self, name: str, inputs: Value, columns: int, bias: bool) -> Value:
         """native_layer_norm: mean and 1/deviation of each row are kept, on a CPU in the type of the input."""
@@ -151,10 +151,10 @@ class Ops:
         size = inputs.elements
         return self.result(size, [inputs], [inputs.storage], lambda *_: [self.new(size)])
 
-    def times(self, inputs: Value, width: int | None = None) -> Value:
-        """Product with something small that takes no gradient; or any function whose gradient needs no more."""
+    def times(self, inputs: Value, factor: Storage | None = None) -> Value:
+        """Product with something that takes no gradient; or any function whose gradient needs no more."""
         size = inputs.elements
-        return self.result(size, [inputs], [], lambda *_: [self.new(size, width)], self.new(size, width))
+        return self.result(size, [inputs], [factor] if factor else [], lambda *_: [self.new(size)], self.new(size))
 
     def contiguous(self, inputs: Value) -> Value:
         """A copy in another layout."""
@@ -165,16 +165,16 @@ class Ops:
         size = inputs.elements
         return self.result(size, [inputs], [], lambda *_: [self.new(size, back)], self.new(size, width))
 
-    def rotate(self, heads: Value) -> Value:
+    def rotate(self, heads: Value, cosines: Storage, sines: Storage) -> Value:
         """_rotate: heads * cosines + cat((-second half, first half)) * sines."""
         half = heads.elements // 2
         size = heads.elements
         node = Split(self.tape, [heads.node], [], lambda *_: [self.new(size)]) if heads.node else None
         first = second = Value(heads.storage, half, node)
-        near = self.times(heads)
+        near = self.times(heads, cosines)
         turned = self.times(second)
         turned = self.result(size, [turned, first], [], lambda gradient, _: [gradient, gradient])
-        far = self.times(turned)
+        far = self.times(turned, sines)
         del turned, first, second
         return self.add(near, far)
 
