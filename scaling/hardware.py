@@ -7,15 +7,21 @@ dense, without sparsity. Sources, named beside each number:
     TT     github.com/pytorch/torchtitan, torchtitan/tools/utils.py, get_peak_flops
     NC     github.com/karpathy/nanochat, nanochat/common.py, get_peak_flops
     LA     github.com/cli99/llm-analysis, gpu_configs/*.json
+    FA     attention kernels: Dao, FlashAttention-2 (2023), section 4.1; Shah et al., FlashAttention-3 (2024), figure 5
+    DS     the vendor's data sheet
     log    the total capacity in torch's own out-of-memory messages, as people post them; it is what
            torch.cuda.get_device_properties().total_memory reports, a little less than the driver's and the vendor's
     PCIe   the bus's arithmetic: 8, 16 or 32 GT/s x 16 lanes x 128/130 / 8 bits for generations 3, 4 and 5
 """
 
 import difflib
+import json
+import math
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast
 
 from scaling.errors import UserError
 from scaling.units import GiB
@@ -48,6 +54,11 @@ class GPU:
     """Between GPU and host memory, in one direction."""
     network_bytes_per_s: float | None
     """Each GPU's share of the network in the vendor's own 8-GPU node, in one direction; clusters differ widely."""
+    attention_flops: float | None = None
+    """The most that the forward pass of torch's flash attention (FlashAttention-2) was measured to reach, FLOP/s: long
+    sequences, heads of 128."""
+    fp32_flops: float | None = None
+    """Peak of fp32 matrix products without tensor cores, as torch computes them unless told otherwise, FLOP/s."""
 
     def peak_flops(self, precision: Literal["bf16", "fp16", "fp32"]) -> float | None:
         """Dense matmul peak in FLOP/s at `precision`, the denominator of MFU; None where it is not known."""
@@ -90,6 +101,8 @@ GPUS = (
         link_bytes_per_s=450e9,  # ML: NVLink 4
         host_bytes_per_s=_PCIE5,
         network_bytes_per_s=50e9,  # ML: DGX/HGX, eight 400 Gb/s NICs
+        attention_flops=370e12,  # FA: FlashAttention-2 on this card
+        fp32_flops=66.9e12,  # DS
     ),
     GPU(
         name="H100-96GB",  # HBM2e at 500 W, as in torchtitan's published tables
@@ -102,6 +115,7 @@ GPUS = (
         link_bytes_per_s=450e9,  # ML: NVLink 4
         host_bytes_per_s=_PCIE5,
         network_bytes_per_s=50e9,  # torchtitan benchmarks: 400 Gb/s per GPU
+        fp32_flops=66.9e12,  # as the other SXM cards, nominal
     ),
     GPU(
         name="H100-PCIe-80GB",
@@ -114,6 +128,7 @@ GPUS = (
         link_bytes_per_s=_PCIE5,  # without the bridge that joins pairs
         host_bytes_per_s=_PCIE5,
         network_bytes_per_s=None,
+        fp32_flops=51.2e12,  # DS
     ),
     GPU(
         name="H100-NVL-94GB",
@@ -122,7 +137,7 @@ GPUS = (
         bf16_flops=835e12,  # TT, NC
         fp16_flops=835e12,  # as bf16, the same tensor cores
         matmul_flops=None,
-        hbm_bytes_per_s=None,
+        hbm_bytes_per_s=3.9e12,  # DS
         link_bytes_per_s=_PCIE5,  # without the bridge that joins pairs
         host_bytes_per_s=_PCIE5,
         network_bytes_per_s=None,
@@ -138,6 +153,8 @@ GPUS = (
         link_bytes_per_s=450e9,  # ML: NVLink 4
         host_bytes_per_s=_PCIE5,
         network_bytes_per_s=50e9,  # ML: DGX/HGX, eight 400 Gb/s NICs
+        attention_flops=370e12,  # the compute of an H100
+        fp32_flops=66.9e12,  # DS
     ),
     GPU(
         name="A100-80GB",
@@ -153,7 +170,9 @@ GPUS = (
         hbm_bytes_per_s=2.0e12,  # ML (LA: 2.039)
         link_bytes_per_s=300e9,  # ML: NVLink 3
         host_bytes_per_s=_PCIE4,
-        network_bytes_per_s=None,  # from 6.25 GB/s (four 100 Gb/s NICs a node, ML) upwards
+        network_bytes_per_s=25e9,  # DS: DGX A100, eight 200 Gb/s NICs; clouds have from 6.25 GB/s (ML) upwards
+        attention_flops=0.73 * 312e12,  # FA: 73 % of the peak
+        fp32_flops=19.5e12,  # DS
     ),
     GPU(
         name="A100-PCIe-80GB",
@@ -166,6 +185,8 @@ GPUS = (
         link_bytes_per_s=_PCIE4,  # without the bridge that joins pairs
         host_bytes_per_s=_PCIE4,
         network_bytes_per_s=None,
+        attention_flops=0.73 * 312e12,  # FA, measured on the 80 GB SXM card
+        fp32_flops=19.5e12,  # DS
     ),
     GPU(
         name="A100-40GB",
@@ -178,6 +199,8 @@ GPUS = (
         link_bytes_per_s=300e9,  # ML: NVLink 3
         host_bytes_per_s=_PCIE4,
         network_bytes_per_s=6.25e9,  # ML: AWS P4d, four 100 Gb/s NICs a node
+        attention_flops=0.73 * 312e12,  # FA, measured on the 80 GB SXM card
+        fp32_flops=19.5e12,  # DS
     ),
     GPU(
         name="L40S",
@@ -190,6 +213,7 @@ GPUS = (
         link_bytes_per_s=_PCIE4,
         host_bytes_per_s=_PCIE4,
         network_bytes_per_s=None,
+        fp32_flops=91.6e12,  # DS
     ),
     GPU(
         name="L4",
@@ -198,10 +222,11 @@ GPUS = (
         bf16_flops=121e12,  # NC
         fp16_flops=121e12,  # as bf16, the same tensor cores
         matmul_flops=None,
-        hbm_bytes_per_s=None,
-        link_bytes_per_s=None,
-        host_bytes_per_s=None,
+        hbm_bytes_per_s=0.3e12,  # 192 bits at 12.5 Gb/s
+        link_bytes_per_s=_PCIE4,
+        host_bytes_per_s=_PCIE4,
         network_bytes_per_s=None,
+        fp32_flops=30.3e12,  # DS
     ),
     GPU(
         name="A6000",
@@ -210,10 +235,11 @@ GPUS = (
         bf16_flops=154.85e12,  # TT
         fp16_flops=154.85e12,  # as bf16, the same tensor cores
         matmul_flops=None,
-        hbm_bytes_per_s=None,
+        hbm_bytes_per_s=0.768e12,  # 384 bits at 16 Gb/s
         link_bytes_per_s=_PCIE4,  # without the bridge that joins pairs
         host_bytes_per_s=_PCIE4,
         network_bytes_per_s=None,
+        fp32_flops=38.7e12,  # DS
     ),
     GPU(
         name="5090",
@@ -222,10 +248,11 @@ GPUS = (
         bf16_flops=209.5e12,  # NC; fp32 accumulation, as on all GeForce cards
         fp16_flops=209.5e12,  # as bf16, the same tensor cores
         matmul_flops=None,
-        hbm_bytes_per_s=None,
+        hbm_bytes_per_s=1.792e12,  # 512 bits at 28 Gb/s
         link_bytes_per_s=_PCIE5,
         host_bytes_per_s=_PCIE5,
         network_bytes_per_s=None,
+        fp32_flops=104.8e12,  # DS
     ),
     GPU(
         name="4090",
@@ -238,6 +265,7 @@ GPUS = (
         link_bytes_per_s=_PCIE4,
         host_bytes_per_s=_PCIE4,
         network_bytes_per_s=None,
+        fp32_flops=82.6e12,  # DS
     ),
     GPU(
         name="3090",
@@ -250,6 +278,7 @@ GPUS = (
         link_bytes_per_s=_PCIE4,  # without the bridge that joins pairs
         host_bytes_per_s=_PCIE4,
         network_bytes_per_s=None,
+        fp32_flops=35.6e12,  # DS
     ),
     GPU(
         name="V100-32GB",
@@ -262,6 +291,7 @@ GPUS = (
         link_bytes_per_s=150e9,  # ML: NVLink 2
         host_bytes_per_s=_PCIE3,
         network_bytes_per_s=None,
+        fp32_flops=15.7e12,  # DS
     ),
     GPU(
         name="V100-16GB",
@@ -274,6 +304,7 @@ GPUS = (
         link_bytes_per_s=150e9,  # ML: NVLink 2
         host_bytes_per_s=_PCIE3,
         network_bytes_per_s=None,
+        fp32_flops=15.7e12,  # DS
     ),
     GPU(
         name="T4",
@@ -286,6 +317,7 @@ GPUS = (
         link_bytes_per_s=_PCIE3,
         host_bytes_per_s=_PCIE3,
         network_bytes_per_s=None,
+        fp32_flops=8.1e12,  # DS
     ),
     GPU(
         name="B200",
@@ -322,6 +354,7 @@ GPUS = (
         link_bytes_per_s=448e9,  # ML: xGMI, 64 GB/s to each of seven peers
         host_bytes_per_s=_PCIE5,
         network_bytes_per_s=None,
+        fp32_flops=163.4e12,  # DS
     ),
 )
 """The GPUs known here."""
@@ -340,6 +373,61 @@ def find_gpu(name: str) -> GPU:
         f"`--gpus` must name a GPU of the table, but names {_short(name)}; did you mean {_nearest(name)}? "
         "`--hardware FILE.json` takes a card that the table lacks"
     )
+
+
+def load_hardware(path: Path | str) -> GPU:
+    """The GPU that a JSON file describes, an object with the fields of `GPU`: `--hardware FILE.json`.
+
+    Only `name` must be there; what is missing is not known, hence None. Raises UserError where the file cannot be
+    read, for an unknown key (naming the nearest known one) and for a value that no such field can have.
+    """
+    try:
+        found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # a JSON or UTF-8 error is a ValueError
+        raise UserError(
+            f"`--hardware` must name a JSON file, but {_short(str(path))} cannot be read as one: {error}; correct it"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"`--hardware` must hold a JSON object, but {_short(str(path))} holds {type(found).__name__}; "
+            'write {"name": ..., "bf16_flops": ..., ...}'
+        )
+    values = cast("dict[str, Any]", found)
+    problems = list(_hardware_problems(values))
+    if problems:
+        raise UserError("\n".join(problems))
+    arguments: dict[str, Any] = {one.name: None for one in fields(GPU) if one.default is MISSING}
+    arguments |= values
+    arguments["device_names"] = tuple(values.get("device_names", ()))
+    return GPU(**arguments)
+
+
+def _hardware_problems(values: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the fields of a `--hardware` file, a message each."""
+    known = [one.name for one in fields(GPU)]
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            yield f"`--hardware` must have keys of the GPU table only, but has {_short(key)}; did you mean {near!r}?"
+        elif key == "name":
+            if not isinstance(value, str) or not value:
+                yield f"`name` must be a text, but is {_short(str(value))}; give the card a name"
+        elif key == "device_names":
+            names = cast("list[Any]", value) if isinstance(value, list) else [None]
+            if not all(isinstance(name, str) for name in names):
+                given = _short(str(values[key]))
+                yield f"`device_names` must be a list of texts, but is {given}; correct it or drop it"
+        elif value is not None and not _is_rate(value):
+            yield f"`{key}` must be a positive number or null, but is {_short(str(value))}; correct it or drop it"
+    if "name" not in values:
+        yield "`name` must be in a `--hardware` file, but is absent; give the card a name"
+    size = values.get("memory_bytes")
+    if isinstance(size, float) and _is_rate(size) and not size.is_integer():
+        yield f"`memory_bytes` must be a whole number, but is {size}; give bytes, not GiB"
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def gpu_from_device_name(torch_name: str) -> GPU | None:

@@ -22,8 +22,8 @@ ENTRY_POINTS = ("scaling.train", "scaling.export", "scaling.parity", "scaling.sp
 """They load torch, if at all, only once the command line and the spec have been found right."""
 
 BACKENDS = {"DeepSpeed", "FSDP", "DDP", "Single"}
-DISPATCH = {"render/__init__.py", "engine/build.py", "estimate/step.py"}
-"""One `match` on the backend per direction: spec -> dict, spec -> engine, spec -> what the engine holds."""
+DISPATCH = {"render/__init__.py", "engine/build.py", "estimate/step.py", "estimate/strategies.py"}
+"""One `match` on the backend per direction: spec -> dict, spec -> engine, spec -> what the engine holds, and costs."""
 LEGALITY = {"batch.py", "spec/sections.py"}
 """May ask for a backend's own rule about the number of ranks; it chooses nothing."""
 

@@ -41,7 +41,7 @@ class PlayedDecoder:
         hooks.enter("", None)
         hooks.enter("embed_tokens", None)
         hidden = hooks.leave("embed_tokens", ops.embedding("embed_tokens", shape.rows, model.hidden_size))
-        positions = ops.new(shape.sequence, LONG)  # noqa: F841 - alive until the end
+        positions = ops.new(shape.sequence, LONG)
         self.rotation = [ops.new(shape.sequence * head_dim(model)) for _ in range(2 * (model.position == "rope"))]
         if model.position == "learned":
             hooks.enter("embed_positions", None)

@@ -1,0 +1,154 @@
+"""Seconds that one GPU computes for a block and for the head: matrix products, attention, and all that moves memory.
+
+A matrix product takes the time of its FLOPs at the achievable rate or of its bytes, whichever is longer. Its shape
+counts twice: the last wave of output tiles fills the GPU only in part, and a short inner dimension leaves each tile
+little time between its start and its end.
+"""
+
+from typing import NamedTuple
+
+from scaling.estimate.caching import cached
+from scaling.estimate.decoder import CHUNK_ELEMENTS
+from scaling.estimate.flops import Block, Product
+from scaling.estimate.rates import Rates
+from scaling.inventory import head_dim
+from scaling.spec.sections import Decoder
+
+TAIL_ELEMENTS = 66 * 128 * 256
+"""Output elements that a product loses to the unfilled last wave: half of 132 tiles of 128 x 256, the mean over shapes.
+Data-centre GPUs have 108 to 148 multiprocessors, each with one such tile at a time (CUTLASS's usual shape). Fewer
+results than that are cut along the inner dimension too, which is taken to fill half of the GPU."""
+RAMP = 256
+"""Inner dimension at which a tile spends as long starting and ending as multiplying. Engineering judgement: 64 to 128
+elements are in flight before the first product, and the epilogue writes 128 x 256 results."""
+ATTENTION_BACKWARD = 2.5
+"""FLOPs of attention's backward pass over its forward pass: five products, two of them for the scores over again."""
+BACKWARD_RATE = 0.63 / 0.73
+"""Rate of attention's backward pass over its forward pass: FlashAttention-2 on an A100 (Dao, 2023, section 4.1)."""
+ATTENTION_RAMP = 300
+"""Sequence length at which causal attention reaches half of its rate, since blocks on the diagonal are half wasted.
+From FlashAttention-2 on an H100, heads of 128: 191, 260, 298, 319, 333 TFLOP/s at 512 to 8k tokens, 370 without mask
+(Shah et al., 2024, figure 5)."""
+
+
+class Pass(NamedTuple):
+    """One direction through a part of the model."""
+
+    seconds: float
+    """On the device."""
+    kernels: int
+
+
+class Passes(NamedTuple):
+    """Both."""
+
+    forward: Pass
+    backward: Pass
+
+
+def product_seconds(rows: int, inner: int, columns: int, rates: Rates) -> float:
+    """Of [rows, inner] x [inner, columns]."""
+    results = rows * columns
+    padded = 2 * (inner + RAMP) * (results + min(results, TAIL_ELEMENTS))
+    moved = rates.width * (rows * inner + inner * columns + results)
+    return max(padded / rates.matmul, moved / rates.hbm)
+
+
+def attention_seconds(model: Decoder, tokens: int, sequence: int, rates: Rates, *, backward: bool) -> float:
+    """Of `tokens` in causal sequences of `sequence`; half of the scores are masked, and their blocks are skipped."""
+    flops = 2 * model.num_attention_heads * head_dim(model) * sequence * tokens
+    rate = rates.attention * sequence / (sequence + ATTENTION_RAMP)
+    return ATTENTION_BACKWARD * flops / (rate * BACKWARD_RATE) if backward else flops / rate
+
+
+@cached
+def block_passes(
+    model: Decoder, block: Block, tokens: int, sequence: int, checkpointing: str, compiled: bool, rates: Rates
+) -> Passes:
+    """One block over `tokens` tokens. The backward pass includes what `checkpointing` computes a second time."""
+    forward = sum(product_seconds(tokens, p.inputs, p.outputs, rates) for p in block.products)
+    backward = sum(_product_backward(p, tokens, rates) for p in block.products)
+    attention = attention_seconds(model, tokens, sequence, rates, backward=False)
+    mixed = block.query or block.key or block.value
+    if mixed:
+        backward += attention_seconds(model, tokens, sequence, rates, backward=True)
+    moved, moved_back, small = _pointwise(model, compiled=compiled)
+    pointwise = rates.width / 2 * moved * tokens / rates.hbm
+    large = len(block.products) + 1
+    ahead = Pass(forward + attention + pointwise, large + small)
+    if not block.backward:
+        return Passes(ahead, Pass(0.0, 0))
+    backward += rates.width / 2 * moved_back * tokens / rates.hbm
+    kernels = 2 * large + round(1.3 * small)  # a gradient each, sums of gradients, reductions for norms and biases
+    if checkpointing == "full":
+        return Passes(ahead, Pass(backward + ahead.seconds, kernels + ahead.kernels))
+    if checkpointing == "selective":
+        return Passes(ahead, Pass(backward + pointwise, kernels + small))
+    return Passes(ahead, Pass(backward, kernels))
+
+
+@cached
+def head_passes(model: Decoder, head: Product, tokens: int, chunked: bool, rates: Rates) -> Passes:
+    """Output projection and cross-entropy. The chunked form takes its gradients in the forward pass."""
+    vocabulary, width = model.vocab_size, rates.width
+    logits = tokens * vocabulary
+    if not chunked:
+        # Logits to fp32, log-softmax reads and writes them, then gradients the same way back; in 16 bits two casts.
+        forward = product_seconds(tokens, head.inputs, vocabulary, rates) + (width + 4 + 8) * logits / rates.hbm
+        backward = _product_backward(head, tokens, rates) + (4 + 12 + 4 + width) * logits / rates.hbm
+        return Passes(Pass(forward, 5), Pass(backward, 6))
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
+    whole, rest = divmod(tokens, rows)
+    seconds = whole * _chunk_seconds(head, rows, rates) + (_chunk_seconds(head, rest, rates) if rest else 0.0)
+    kernels = 16 * (whole + (rest > 0))
+    return Passes(Pass(seconds, kernels), Pass((8 + width) * head.inputs * vocabulary / rates.hbm, 6))
+
+
+def _chunk_seconds(head: Product, rows: int, rates: Rates) -> float:
+    """One chunk of the cross-entropy: `rows` tokens, forward and backward."""
+    width = rates.width
+    # To fp32; logsumexp reads for the maximum, subtracts, exponentiates and adds up; then in place twice, and a mask;
+    # the gradient goes to the compute type.
+    moved = (width + 4 + 24 + 24 + 4 + width) * rows * head.outputs
+    if head.trains:  # the chunk's product is added to a sum in fp32
+        moved += (width + 8) * head.inputs * head.outputs
+    products = product_seconds(rows, head.inputs, head.outputs, rates) + _product_backward(head, rows, rates)
+    return products + moved / rates.hbm
+
+
+def _product_backward(product: Product, tokens: int, rates: Rates) -> float:
+    seconds = 0.0
+    if product.flows:
+        seconds += product_seconds(tokens, product.outputs, product.inputs, rates)
+    if product.trains:
+        seconds += product_seconds(product.outputs, tokens, product.inputs, rates)
+    return seconds
+
+
+@cached
+def _pointwise(model: Decoder, *, compiled: bool) -> tuple[float, float, int]:
+    """Bytes a token reads and writes in a block besides products and attention, forward and backward, in 16 bits; and
+    the number of kernels forward.
+
+    Each operation reads its inputs and writes its result, 2 bytes an element. torch.compile makes one kernel of those
+    that follow each other.
+    """
+    hidden, inner = model.hidden_size, model.intermediate_size
+    heads = model.num_attention_heads + (model.num_key_value_heads or model.num_attention_heads)
+    rotated = heads * head_dim(model) if model.position == "rope" else 0
+    gated = model.activation == "swiglu"
+    if compiled:
+        # Norm with the sum before it; rotation and activation in one kernel each.
+        forward = 2 * 8 * hidden + 4 * rotated + (6 if gated else 4) * inner
+        backward = 2 * 14 * hidden + 4 * rotated + (10 if gated else 6) * inner
+        return forward, backward, 6
+    # Two norms (read, write), two residual sums; rotation is two products, a negation, a concatenation and a sum.
+    forward = 2 * 4 * hidden + 2 * 6 * hidden + 20 * rotated + (10 if gated else 4) * inner
+    # Norms read twice for their own weights; gradients of q, k, v (and of gate and up) are summed, as are residuals'.
+    backward = 2 * 10 * hidden + (2 + 2 + gated) * 6 * hidden + 24 * rotated + (18 if gated else 6) * inner
+    if model.bias:  # a bias' gradient is the sum over the tokens
+        backward += 2 * (5 * hidden + inner)
+    if model.qk_norm:
+        forward, backward = forward + 4 * heads * head_dim(model), backward + 10 * heads * head_dim(model)
+    kernels = 4 + (10 if rotated else 0) + (2 if gated else 1) + (2 if model.qk_norm else 0)
+    return forward, backward, kernels

@@ -1,0 +1,35 @@
+"""What estimates say. Memory is bytes of one rank's device unless it says host; time is seconds of one step."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory of one rank at the peak of a step."""
+
+    peak_allocated_bytes: int
+    """What torch.cuda.max_memory_allocated will say."""
+    peak_reserved_bytes: int
+    """What the caching allocator will have taken from the driver."""
+    device_used_bytes: int
+    """What the driver will say that the process holds: reserved, the CUDA context, communicators."""
+    low_bytes: int
+    high_bytes: int
+    """The band around `device_used_bytes`; a run fits if `high_bytes` does."""
+    peak_phase: str
+    parts: dict[str, int] = field(default_factory=dict)
+    """Of the allocated peak: parameters, gradients, optimizer, activations, logits, communication, workspace."""
+    host_bytes: int = 0
+    """Host memory for what is offloaded."""
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Time of one optimizer step."""
+
+    step_seconds: float
+    tokens_per_second_per_gpu: float
+    mfu: float | None
+    """Of the dense peak of the card; None where that is not known."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Seconds: compute, communication_exposed, optimizer, offload_exposed, overhead; they add up to `step_seconds`."""

@@ -1,0 +1,74 @@
+"""Seconds of one optimizer step of one rank: computation, exposed communication, update, offloading, overhead."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from scaling.estimate.compute import block_passes, head_passes
+from scaling.estimate.flops import structure, train_flops_per_token
+from scaling.estimate.rates import rates_of
+from scaling.estimate.results import TimeEstimate
+from scaling.estimate.strategies import Costs, Step, costs
+from scaling.groups import Group
+from scaling.hardware import Cluster
+from scaling.records import BatchPlan
+from scaling.spec.sections import CausalLM, Spec
+
+KERNEL_SECONDS = 2e-6
+"""What each kernel loses on the device between the one before and itself, filling up included. Engineering judgement:
+the shortest kernel of a stream takes about this long."""
+HOST_KERNEL_SECONDS, HOST_BACKWARD_SECONDS = 8e-6, 5e-6
+"""The host's time to issue a kernel from Python, and from autograd's own thread. Engineering judgement."""
+STEP_SECONDS = 2e-3
+"""Host time once a step: batch, learning rates, norm, metrics. Engineering judgement."""
+TENSOR_SECONDS = 2e-6
+"""Host time once a step for each tensor that trains: the optimizer's lists. Engineering judgement."""
+
+
+def estimate_time(
+    spec: Spec, plan: BatchPlan, groups: Sequence[Group], rendered: dict[str, Any], cluster: Cluster
+) -> TimeEstimate:
+    """One step of `plan` on `cluster` with the config `rendered`, as `scaling.render` gives it for the same spec.
+
+    Raises UserError where the table of GPUs lacks a rate that it takes.
+    """
+    frozen = frozenset(name for group in groups if group.frozen for name in group.names)
+    step = _step(spec, plan, rendered, cluster, frozen)
+    added = costs(step)
+    hbm = step.rates.hbm
+    parts = {
+        "compute": plan.accumulation * step.micro_seconds + added.copied_bytes / hbm,
+        "communication_exposed": added.communication,
+        "optimizer": added.update_bytes / hbm,
+        "offload_exposed": added.offload,
+    }
+    parts["overhead"] = _overhead(step, added, sum(parts.values()) - parts["optimizer"])
+    seconds = sum(parts.values())
+    rate = plan.global_tokens / plan.world_size / seconds
+    peak = cluster.gpu.peak_flops(spec.precision)
+    flops = train_flops_per_token(spec.model, plan.sequence_length, frozen)
+    return TimeEstimate(seconds, rate, None if peak is None else rate * flops / peak, parts)
+
+
+def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluster, frozen: frozenset[str]) -> Step:
+    rates = rates_of(cluster.gpu, spec.precision)
+    work = structure(spec.model, frozen)
+    tokens, length = plan.micro_batch * plan.sequence_length, plan.sequence_length
+    mode = spec.activation_checkpointing
+    blocks = tuple(
+        (block, count, block_passes(spec.model, block, tokens, length, mode, spec.compile, rates))
+        for block, count in work.blocks
+    )
+    chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
+    head = head_passes(spec.model, work.head, tokens, chunked, rates)
+    return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
+
+
+def _overhead(step: Step, added: Costs, device: float) -> float:
+    """Gaps between kernels; the time by which the host is slower than the device, `device` seconds without gaps; what
+    a step costs the host once."""
+    ahead = sum(count * passes.forward.kernels for _, count, passes in step.blocks) + step.head.forward.kernels
+    back = sum(count * passes.backward.kernels for _, count, passes in step.blocks) + step.head.backward.kernels
+    steps = step.plan.accumulation
+    host = steps * (HOST_KERNEL_SECONDS * ahead + HOST_BACKWARD_SECONDS * back + added.hooks)
+    gaps = steps * KERNEL_SECONDS * (ahead + back)
+    return max(gaps, host - device) + STEP_SECONDS + TENSOR_SECONDS * step.work.trained_tensors
