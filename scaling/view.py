@@ -6,7 +6,10 @@ rich is imported inside the functions, so that a command that prints JSON does n
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 from scaling.records import BatchPlan
@@ -15,6 +18,7 @@ from scaling.units import format_count
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 WIDTH = 100
 """Columns of text that goes to a file, whatever the terminal: two runs' logs can then be compared line by line."""
@@ -146,3 +150,114 @@ def parity_table(rows: Sequence[ParityRow], tolerance: float, steps: int) -> Tab
         figures = [f"{value:.1e}" if value else "0" for value in (row.loss, row.grad_norm, row.lr)]
         table.add_row(row.backend, str(row.world_size), *figures, apart)
     return table
+
+
+# ---------------------------------------------------------------- sheets: tables that are plain where nobody looks
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A cell that shows how parts fill a whole."""
+
+    parts: Mapping[str, int]
+    """In the order in which they are drawn."""
+    whole: int | None
+    """What they should fit in; None: their own sum."""
+
+    def cells(self, width: int = 24) -> list[str | None]:
+        """The part at each of `width` places, None where nothing is; "" at the last one if the whole is too small."""
+        whole = self.whole or sum(self.parts.values()) or 1
+        found: list[str | None] = []
+        filled = 0
+        for name, size in self.parts.items():
+            filled += size
+            found += [name] * (round(width * filled / whole) - len(found))
+        return [*found[: width - 1], ""] if len(found) > width else found + [None] * (width - len(found))
+
+
+PART_SIGNS = {
+    "parameters": ("P", "blue"),
+    "gradients": ("G", "cyan"),
+    "optimizer": ("O", "green"),
+    "activations": ("A", "yellow"),
+    "logits": ("L", "red"),
+    "communication": ("C", "magenta"),
+    "workspace": ("W", "white"),
+    "framework": ("F", "bright_black"),
+    "around": ("+", "bright_black"),
+}
+"""Letter and colour of each part of memory in bars; "around" is what the allocator and CUDA take on top."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of texts and bars."""
+
+    title: str
+    columns: Sequence[str]
+    """Headings; one that begins with ">" is of numbers, set to the right."""
+    rows: Sequence[Sequence[str | Bar]]
+    caption: str = ""
+
+
+def print_sheet(sheet: Sheet) -> None:
+    """Show `sheet` on standard output: drawn in colour on a terminal, else as plain lines, for which rich is not
+    loaded.
+    """
+    if sys.stdout.isatty():
+        print_table(_drawn(sheet))
+    else:
+        print(plain(sheet))
+
+
+def plain(sheet: Sheet) -> str:
+    """`sheet` as aligned text."""
+    heads = [column.removeprefix(">") for column in sheet.columns]
+    lines = [heads, *([_plain_cell(cell) for cell in row] for row in sheet.rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    aligned = [
+        "  ".join(
+            text.rjust(width) if column.startswith(">") else text.ljust(width)
+            for text, width, column in zip(line, widths, sheet.columns, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([sheet.title, *aligned, *([sheet.caption] if sheet.caption else [])])
+
+
+def _plain_cell(cell: str | Bar) -> str:
+    if isinstance(cell, str):
+        return cell
+    signs = {None: ".", "": ">"} | {name: sign for name, (sign, _) in PART_SIGNS.items()}
+    return "".join(signs.get(name, "?") for name in cell.cells())
+
+
+def _drawn(sheet: Sheet) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, title=Text(sheet.title), title_justify="left", caption_justify="left")
+    table.caption = Text(sheet.caption) if sheet.caption else None
+    for column in sheet.columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    for row in sheet.rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else _drawn_bar(cell) for cell in row))
+    return table
+
+
+def _drawn_bar(bar: Bar) -> Text:
+    """Letters on colours: those who do not tell the colours apart still have the letters."""
+    from rich.text import Text
+
+    drawn = Text(no_wrap=True)
+    for name, cells in groupby(bar.cells()):
+        count = len(list(cells))
+        if name is None:
+            drawn.append("·" * count, "bright_black")
+        elif not name:
+            drawn.append(">" * count, "bold red")
+        else:
+            sign, colour = PART_SIGNS.get(name, ("?", "white"))
+            drawn.append(sign * count, f"black on {colour}")
+    return drawn

@@ -3,7 +3,8 @@
     python tests/slim.py
 
 Installs this checkout without extras into a temporary environment, and there, from outside the checkout, runs what
-must work on a laptop: checking a spec, printing the schema, rendering. Ends with exit code 1 at the first failure.
+must work on a laptop: checking a spec, printing the schema, rendering, planning. Ends with exit code 1 at the first
+failure.
 """
 
 import os
@@ -26,6 +27,7 @@ COMMANDS: dict[str, bool] = {
     "scaling.spec schema": False,
     "scaling.spec validate gpt2-124m": True,
     "scaling.render gpt2-124m --world-size 8": True,
+    "scaling.plan --spec gpt2-124m --gpus 8xH100-80GB --as-written": True,
 }
 """What must run, and whether it must be quick."""
 
@@ -71,9 +73,10 @@ def check_installed(python: Path, folder: Path) -> None:
     require(not heavy, f"the core dependencies must do without {heavy}, but bring it")
     package = Path(where)
     require(package.is_relative_to(folder), f"the installed package must be imported, but {package} was")
-    data = [path.relative_to(CHECKOUT) for path in sorted((CHECKOUT / "scaling").rglob("*.json"))]
+    files = sorted(path for path in (CHECKOUT / "scaling").rglob("*") if path.suffix in (".json", ".html"))
+    data = [path.relative_to(CHECKOUT) for path in files]
     missing = [str(path) for path in data if not (package.parent / path).is_file()]
-    require(bool(data) and not missing, f"the wheel must hold all of {len(data)} JSON files, but lacks {missing}")
+    require(bool(data) and not missing, f"the wheel must hold all of {len(data)} data files, but lacks {missing}")
 
 
 def check_command(python: Path, folder: Path, command: str, *, quick: bool) -> None:

@@ -5,7 +5,7 @@ import sys
 
 from scaling.groups import Group
 from scaling.records import BatchPlan
-from scaling.view import as_text, batch_line, groups_table, print_table
+from scaling.view import Bar, Sheet, as_text, batch_line, groups_table, plain, print_sheet, print_table
 
 ROWS = [
     Group("vision", ("a", "b"), 303_000_000, None, None, None, True),
@@ -49,3 +49,27 @@ def test_nothing_heavy_is_imported() -> None:
     code = f"import sys, {modules}; print([m for m in ('torch', 'numpy', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+SHEET = Sheet("title", ["name", ">GiB", "memory"], [["[a]", "61.2", Bar({"parameters": 1, "logits": 1}, 4)]], "caption")
+
+
+def test_sheets_are_plain_where_nobody_looks(capsys) -> None:
+    print_sheet(SHEET)
+    lines = ["title", "name   GiB  memory", "[a]   61.2  PPPPPPLLLLLL............", "caption"]
+    assert capsys.readouterr().out.splitlines() == lines == plain(SHEET).splitlines()
+
+
+def test_sheets_are_drawn_on_a_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    print_sheet(SHEET)
+    out = capsys.readouterr().out
+    assert "[a]" in out and "PPPPPP" in out and "·" * 12 in out and "caption" in out
+
+
+def test_bars_are_whole() -> None:
+    assert Bar({"a": 1, "b": 1, "c": 2}, 4).cells(4) == ["a", "b", "c", "c"]
+    assert Bar({"a": 1}, 4).cells(4) == ["a", None, None, None]
+    assert Bar({"a": 5}, 4).cells(4) == ["a", "a", "a", ""]  # too much
+    assert Bar({"a": 3, "b": 1}, None).cells(4) == ["a", "a", "a", "b"]
+    assert Bar({}, None).cells(2) == [None, None]

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
+from scaling.errors import UserError
 from scaling.spec.document import Document, assign, document_of
 from scaling.spec.problems import SpecError, duplicates, problems, user_info
 from scaling.spec.scan import JsonFault
@@ -43,3 +45,17 @@ def parse_spec(document: Document) -> Spec:
     if doubled:
         raise SpecError(doubled)
     return spec
+
+
+def change_spec(spec: Spec, **sections: Any) -> Spec:
+    """`spec` with these top-level values replaced (by sections, or by plain dicts of them), validated as a whole.
+
+    Raises UserError with the validators' messages, in which a section's fields have their short names.
+    """
+    values = {name: getattr(spec, name) for name in Spec.model_fields} | sections
+    values["$schema"] = values.pop("schema_")
+    try:
+        return Spec.model_validate(values)
+    except ValidationError as error:
+        lines = [str(item["msg"]).removeprefix("Value error, ") for item in error.errors(include_url=False)]
+        raise UserError("\n".join(lines)) from None
