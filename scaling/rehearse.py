@@ -3,8 +3,8 @@
     python -m scaling.rehearse --spec SPEC --world-size 8 [--steps 3] [--json FILE]
     python -m scaling.rehearse --matrix FILE [--json FILE]
 
-FILE is a list of {"spec": …, "world_size": …, "set": ["a.b.c=VALUE", …]}: each is rehearsed in a process of its own,
-and what does not fit, or fails, is a result too.
+FILE is a list of {"spec": …, "world_size": …, "set": ["a.b.c=VALUE", …], "steps": …}: each is rehearsed in a process
+of its own, and what does not fit, or fails, is a result too.
 
 Builds the engine of the spec as rank 0 of that many ranks and takes a few of its steps on made-up tokens, for real, on
 this one device. The other ranks do not exist: every collective returns at once, with this rank's own values, so memory
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def rehearse_all(cells: Iterable[dict[str, Any]], steps: int) -> Iterator[dict[str, Any]]:
-    """Rehearse each cell ("spec", "world_size", "set") in a process of its own; its report, or "error" for one."""
+    """Rehearse each cell ("spec", "world_size", "set", "steps") in a process of its own; its report, or "error"."""
     # A server that has imported torch, and nothing that looks for a GPU, is forked for each.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop"])
@@ -77,7 +77,8 @@ def rehearse_all(cells: Iterable[dict[str, Any]], steps: int) -> Iterator[dict[s
 
 def _rehearse_cell(cell: dict[str, Any], steps: int, sender: Any) -> None:
     try:
-        found = rehearse(resolve(load_spec(cell["spec"], cell.get("set", [])), cell["world_size"]), steps)
+        job = resolve(load_spec(cell["spec"], cell.get("set", [])), cell["world_size"])
+        found = rehearse(job, cell.get("steps", steps))
     except UserError as error:
         found = {"error": str(error)}
     sender.send(found)
@@ -86,14 +87,14 @@ def _rehearse_cell(cell: dict[str, Any], steps: int, sender: Any) -> None:
 def _cells(path: str) -> list[dict[str, Any]]:
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))
-        if all({"spec", "world_size"} <= cell.keys() <= {"spec", "world_size", "set"} for cell in cells):
+        if all({"spec", "world_size"} <= cell.keys() <= {"spec", "world_size", "set", "steps"} for cell in cells):
             return cells
         problem = "a cell has other keys"
     except (OSError, ValueError, TypeError, AttributeError) as error:
         problem = str(error)
     raise UserError(
-        f'`--matrix` must be a JSON list of {{"spec": …, "world_size": …, "set": […]}}, but is not ({problem}); '
-        "correct it"
+        '`--matrix` must be a JSON list of {"spec": …, "world_size": …, "set": […], "steps": …}, but is not '
+        f"({problem}); correct it"
     )
 
 
@@ -223,12 +224,20 @@ def _label_state(engine: "Engine", meter: "MemoryMeter") -> None:
     meter.label_rest("communication")
     meter.label("optimizer", (shard.values for shard in engine.state()))
     parameters = list(engine.module.parameters())
-    meter.label("parameters", (parameter.detach() for parameter in parameters))
+    meter.label("parameters", (getattr(parameter, "ds_tensor", parameter).detach() for parameter in parameters))
+    meter.label("gradients", _flat_gradients(engine.module))
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(take_gradient)
     for head in (module for module in engine.module.modules() if isinstance(module, Head)):
         head.forward = _within(head.forward, meter)
+
+
+def _flat_gradients(module: Any) -> "Iterable[Tensor]":
+    """What DeepSpeed adds gradients up in, where that is there from the start: stage 1 in bf16, stage 3."""
+    optimizer = getattr(module, "optimizer", None)
+    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    return getattr(optimizer, "fp32_groups_gradients_flat", []) if flat is None else [flat]
 
 
 def _within(forward: "Callable[..., Tensor]", meter: "MemoryMeter") -> "Callable[..., Tensor]":

@@ -7,7 +7,7 @@ from processes import SPECS, python
 
 from benchmarks.ledger import BACKENDS, MEDIAN, PART, WORST, compare, draw, summary
 
-DRAWN = 4
+DRAWN = 2
 """For each backend."""
 
 

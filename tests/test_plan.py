@@ -380,7 +380,7 @@ BARE = ("--model", "gpt2", "--sequence-length", "512", "--global-batch-size", "8
         ((*SPEC, *ONE, "--top", "0"), "whole number"),
         ((*SPEC, *ONE, "--usd-per-gpu-hour", "-2"), "--usd-per-gpu-hour"),
         ((*SPEC, *ONE, *ONE, "--write", "x.json"), "one `--gpus`"),
-        ((*SPEC, *ONE, "--hardware", "none.json"), "`--hardware` must be"),
+        ((*SPEC, *ONE, "--hardware", "none.json"), "`--hardware` must name"),
         ((*SPEC, *ONE, "--html", "/nowhere/plan.html"), "`--html` must be a file that can be written"),
         (("--spec", "gpt3", *ONE), "no such file or recipe"),
     ],

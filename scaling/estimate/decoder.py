@@ -23,13 +23,21 @@ class PlayedDecoder:
     """Its forward pass."""
 
     def __init__(
-        self, model: Decoder, ops: Ops, hooks: Hooks, *, chunked: bool = True, checkpointing: str = "none"
+        self,
+        model: Decoder,
+        ops: Ops,
+        hooks: Hooks,
+        *,
+        chunked: bool = True,
+        checkpointing: str = "none",
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.ops = ops
         self.hooks = hooks
         self.chunked = chunked
         self.checkpointing = checkpointing
+        self.compiled = compiled
         self.queries = model.num_attention_heads * head_dim(model)
         self.rotation: list[Storage] = []
         """Cosines and sines."""
@@ -50,7 +58,7 @@ class PlayedDecoder:
             del places
         hidden = self.dropout(hidden)
         for index in range(model.num_hidden_layers):
-            hidden = self.wrapped(f"layers.{index}", hidden, self.block)
+            hidden = ops.border(self.wrapped(f"layers.{index}", ops.border(hidden), self.block))
         loss = self.wrapped("lm_head", self.wrapped("norm", hidden, self.norm), self.head)
         del hidden, positions
         self.rotation = []
@@ -83,10 +91,15 @@ class PlayedDecoder:
     def block_forward(self, name: str, hidden: Value) -> Value:
         """Block.forward."""
         norm, mlp_norm = f"{name}.input_layernorm", f"{name}.post_attention_layernorm"
-        mixed = self.attention(f"{name}.self_attn", self.wrapped(norm, hidden, self.norm))
-        hidden = self.ops.add(hidden, self.dropout(mixed))
-        del mixed
-        return self.ops.add(hidden, self.dropout(self.mlp(f"{name}.mlp", self.wrapped(mlp_norm, hidden, self.norm))))
+        self.ops.compiled = self.compiled
+        try:
+            mixed = self.attention(f"{name}.self_attn", self.wrapped(norm, hidden, self.norm))
+            hidden = self.ops.add(hidden, self.dropout(mixed))
+            del mixed
+            inner = self.dropout(self.mlp(f"{name}.mlp", self.wrapped(mlp_norm, hidden, self.norm)))
+            return self.ops.add(hidden, inner)
+        finally:
+            self.ops.compiled = False
 
     def dropout(self, hidden: Value) -> Value:
         """nn.Dropout in training."""
@@ -161,6 +174,15 @@ class PlayedDecoder:
         del weights
         return ops.result(1, [logits], saved, lambda *_: [ops.new(size, FLOAT)], ops.new(1, FLOAT))
 
+    def chunks(self, most: int) -> list[int]:
+        """Rows of each chunk of the loss; of more than three, those that do not differ from the second are left out."""
+        rows = self.ops.shape.rows
+        count = -(-rows // most)
+        if self.ops.rough:  # the last of more than two is taken for a whole one
+            return {1: [rows], 2: [most, rows - most], 3: [most, most]}[self.ops.rough]
+        last = rows - most * (count - 1)
+        return [*[most] * min(count - 1, 2), last]
+
     def chunked_loss(self, hidden: Value, weight: Value) -> Value:
         """_ChunkedCrossEntropy.forward."""
         ops, vocabulary = self.ops, self.model.vocab_size
@@ -170,8 +192,7 @@ class PlayedDecoder:
         kept += [ops.new(weight.elements, FLOAT)] if weight.node else []
         # The loop's variables hold what the iteration before made until they are given something new.
         logits = mask = safe = normaliser = picked = grad = None
-        for start in range(0, ops.shape.rows, rows):
-            count = min(rows, ops.shape.rows - start)
+        for count in self.chunks(rows):
             half = ops.new(count * vocabulary)
             logits = ops.new(count * vocabulary, FLOAT) if ops.shape.width != FLOAT else half
             del half

@@ -1,10 +1,9 @@
-"""What DeepSpeed 0.19's ZeRO optimizers hold, as their sources allocate: runtime/zero/stage_1_and_2.py and others.
+"""What DeepSpeed 0.19's ZeRO optimizers hold, as their sources allocate: runtime/zero/stage_1_and_2.py and others."""
 
-Under way. Stage 1 in fp32 and stage 2 have met live tensors (peaks mostly within 1 %, parts not yet); stage 3 has not,
-stage 1 in bf16 has an optimizer of its own that is not here yet (bf16_optimizer.py), and offload is missing.
-"""
-
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from scaling.estimate.ops import FLOAT, Ops
@@ -24,7 +23,7 @@ ALIGNMENT = 2
 class _Hooked(Leaf):
     """A parameter whose gradient DeepSpeed takes over when it is there."""
 
-    __slots__ = ("elements", "group", "hook", "offset")
+    __slots__ = ("elements", "group", "hook", "offset", "sum")
 
     def __init__(self, tape: Tape, hook: Any, elements: int) -> None:
         super().__init__(tape, category=None)
@@ -32,28 +31,35 @@ class _Hooked(Leaf):
         self.elements = elements
         self.group = self.offset = 0
         """Its optimizer group, and where it lies in that one's flat tensor."""
+        self.sum: Storage | None = None
+        """In fp32, of several micro-steps."""
 
     def take(self, gradient: Storage) -> None:
         super().take(gradient)
         self.hook(self)
-        if self.grad is gradient:
+        if self.grad is gradient and gradient.label.category == "workspace":
             gradient.label.category = "gradients"
 
 
 class _Group:
     """One optimizer group, flat."""
 
-    def __init__(self, tape: Tape, elements: int, ranks: int, width: int) -> None:
+    def __init__(self, ops: Ops, elements: int, ranks: int, *, offloaded: bool) -> None:
         self.elements = -(-elements // (ALIGNMENT * ranks)) * ALIGNMENT * ranks
         self.partition = self.elements // ranks
-        self.flat = Storage(tape, width * self.elements, "parameters")
-        self.state = [Storage(tape, FLOAT * self.partition, "optimizer")]
+        self.offloaded = offloaded
+        self.flat = ops.new(self.elements, category="parameters")
+        self.state = [ops.held(self.partition, FLOAT, "optimizer", on_host=offloaded)]
+        if offloaded:  # gradients for the update, and what goes back in the compute type
+            for width in (FLOAT, ops.shape.width):
+                self.state.append(ops.held(self.partition, width, "communication", on_host=True))
         self.averaged: list[Storage] = []
         """This rank's part of the gradient."""
 
-    def make_moments(self, tape: Tape) -> None:
+    def make_moments(self, ops: Ops) -> None:
         """Adam's, and the count of its steps."""
-        self.state += [Storage(tape, size, "optimizer") for size in (FLOAT * self.partition,) * 2 + (FLOAT,)]
+        counts = (self.partition, self.partition, 1)
+        self.state += [ops.held(count, FLOAT, "optimizer", on_host=self.offloaded) for count in counts]
 
 
 class _Flat(Single):
@@ -69,7 +75,7 @@ class _Flat(Single):
         self.trained = [group for group in groups if not group.frozen]
         self.flats: list[_Group] = []
         self.host: list[Storage] = []
-        """In host memory: on a CPU that is device memory too."""
+        """Masters of what is frozen, and places for gradients on their way."""
         self.last = True
         super().__init__(ops, spec, groups, rendered, plan)
 
@@ -83,7 +89,8 @@ class _Flat(Single):
     def build(self) -> None:
         sizes = {parameter.name: parameter.elements for parameter in self.parameters}
         for index, group in enumerate(self.trained):
-            flat = _Group(self.tape, sum(sizes[name] for name in group.names), self.ranks, self.width)
+            elements = sum(sizes[name] for name in group.names)
+            flat = _Group(self.ops, elements, self.ranks, offloaded=self.offloads)
             self.flats.append(flat)
             offset = 0
             for name in group.names:
@@ -96,13 +103,17 @@ class _Flat(Single):
             if name not in self.values:
                 self.values[name] = Value(Storage(self.tape, self.width * size), size)
                 if self.width != FLOAT:  # this rank's part in fp32, for checkpoints
-                    self.host.append(Storage(self.tape, FLOAT * (size // self.ranks), "optimizer"))
+                    self.host.append(self.ops.held(size // self.ranks, FLOAT, "optimizer", on_host=True))
+        if self.offloads:
+            largest = max(sizes[name] for group in self.trained for name in group.names)
+            for on_host in (True, False):
+                self.host.append(self.ops.held(largest, self.width, "communication", on_host=on_host))
         self.make_gradients()
-        if self.width != FLOAT:  # initial values for the masters, one parameter after the other
+        if self.width != FLOAT and not self.ops.cuda:  # initial values, made on the host, one parameter after the other
             largest = Storage(self.tape, FLOAT * max(sizes.values()), "other")
             del largest
         for flat in self.flats:
-            flat.make_moments(self.tape)
+            flat.make_moments(self.ops)
 
     def make_gradients(self) -> None:
         """Those that are there from the start."""
@@ -116,6 +127,8 @@ class _Flat(Single):
 
 class ZeRO12(_Flat):
     """Stages 1 and 2 as runtime/zero/stage_1_and_2.py has them: gradients reduced bucket by bucket."""
+
+    blocks_alike = False
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
@@ -144,6 +157,10 @@ class ZeRO12(_Flat):
             count = self.buffer_width * self.bucket_elements
             self.buffers = [Storage(self.tape, count, "communication") for _ in range(1 + self.overlaps)]
             self.current = 0
+        if self.accumulates:
+            exact = Storage(self.tape, FLOAT * leaf.elements, "gradients")
+            leaf.grad, leaf.sum = None, leaf.sum or exact
+            del exact
         if self.stage == 2 or (self.last and self.overlaps):
             self.into_bucket(leaf)
 
@@ -153,7 +170,10 @@ class ZeRO12(_Flat):
             self.reduce()
             self.current = (self.current + 1) % len(self.buffers)
         if leaf.elements <= self.bucket_elements:
-            leaf.grad = self.buffers[self.current]
+            leaf.grad, leaf.sum = self.buffers[self.current], None
+        elif self.offloads:  # what autograd may use again is left alone
+            leaf.grad = Storage(self.tape, self.buffer_width * leaf.elements, "gradients")
+            leaf.sum = None
         self.filled += leaf.elements
         self.waiting.append(leaf)
 
@@ -161,8 +181,14 @@ class ZeRO12(_Flat):
         """`reduce_ipg_grads`."""
         self.average()
         for leaf in self.waiting:
-            if leaf.offset >= self.flats[leaf.group].partition:  # rank 0 updates no part of it
+            here = min(leaf.elements, self.flats[leaf.group].partition - leaf.offset)
+            if here <= 0:  # rank 0 updates no part of it
                 leaf.grad = leaf.grad if self.stage == 1 else None
+            elif self.offloads:
+                if self.compact and self.last:  # to the host, its norm taken before
+                    exact = Storage(self.tape, DOUBLE * here)
+                    leaf.grad = None
+                    del exact
             elif not self.compact:
                 if self.in_partition is None:
                     total = sum(leaf.elements for leaf in self.leaves_here())
@@ -222,7 +248,7 @@ class ZeRO12(_Flat):
             for flat in range(len(self.flats)):
                 for leaf in self.leaves.values():
                     assert isinstance(leaf, _Hooked)
-                    if leaf.group == flat and leaf.grad is not None:
+                    if leaf.group == flat and (leaf.grad or leaf.sum):
                         self.into_bucket(leaf)
         self.reduce()
         if not self.compact:
@@ -231,10 +257,15 @@ class ZeRO12(_Flat):
                     flat.averaged = [self.in_partition]
         self.in_partition, self.buffers = None, []
         for leaf in self.leaves.values():
-            leaf.grad = None
+            assert isinstance(leaf, _Hooked)
+            leaf.grad = leaf.sum = None
 
     def step(self) -> None:
         """The norm, of each gradient in fp64; then group by group a flat gradient and the update."""
+        if self.offloads:
+            for flat in self.flats:
+                flat.averaged = []
+            return
         norms: list[Storage] = []
         for leaf in self.leaves_here():
             count = min(leaf.elements, self.flats[leaf.group].partition - leaf.offset)
@@ -297,13 +328,16 @@ class ZeRO3(Single):
     the modules with parameters of their own as a pass enters them, backward ones included.
     """
 
-    steps = 3
+    blocks_alike = False
+    gradients_wait = False
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
     ) -> None:
+        self.steps = 2 if ops.rough else 3  # the first knows nothing of what comes; parameters last into the next
         self.ranks = plan.world_size
         self.zero: dict[str, Any] = rendered["zero_optimization"]
+        ops.zero3_linear = self.zero["memory_efficient_linear"]
         self.checks_overflow = spec.precision != "fp32"
         self.trained = [group for group in groups if not group.frozen]
         self.sizes: dict[str, int] = {}
@@ -318,7 +352,11 @@ class ZeRO3(Single):
         self.trace: list[str] = []
         """Modules in the order of a pass; known after the first."""
         self.recorded = False
-        self.queue: list[tuple[str, int]] = []
+        self.uses: dict[str, list[int]] = {}
+        """Where in the trace each parameter is used."""
+        self.passed: list[int] = []
+        """Elements of all modules before each place."""
+        self.queue: deque[tuple[str, int]] = deque()
         self.fetched_for: dict[str, int] = {}
         self.place = self.available = 0
         self.waiting: list[_Hooked] = []
@@ -354,14 +392,19 @@ class ZeRO3(Single):
                 if count >= self.zero["sub_group_size"] or name == group.names[-1]:
                     self.sub_groups.append(count)
                     count = 0
-        total = sum(self.sub_groups)
-        self.held_state = [Storage(self.tape, self.width * total, "parameters")]
+        total, held = sum(self.sub_groups), self.ops.held
+        away, offloads = "offload_param" in self.zero, self.offloads
+        self.held_state = [held(total, self.width, "parameters", on_host=away)]
         for name in self.sizes.keys() - self.leaves.keys():
-            self.held_state.append(Storage(self.tape, self.width * self.part(name), "parameters"))
+            self.held_state.append(held(self.part(name), self.width, "parameters", on_host=away))
+            if self.width != FLOAT:
+                self.held_state.append(held(self.part(name), FLOAT, "optimizer", on_host=True))
         for count in self.sub_groups:
-            self.held_state += [Storage(self.tape, FLOAT * count, "optimizer") for _ in range(3)]
-            self.held_state.append(Storage(self.tape, FLOAT, "optimizer"))
-        self.held_state.append(Storage(self.tape, FLOAT * total, "gradients"))
+            sizes = (count, count, count, 1)
+            self.held_state += [held(size, FLOAT, "optimizer", on_host=offloads) for size in sizes]
+            if offloads:  # the update's gradients
+                self.held_state.append(held(count, FLOAT, "communication", on_host=True))
+        self.held_state.append(held(total, FLOAT, "gradients", on_host=offloads))
         self.held_state.append(Storage(self.tape, FLOAT * self.zero["reduce_bucket_size"], "communication"))
         self.fetch_persistent()
 
@@ -409,21 +452,34 @@ class ZeRO3(Single):
         for name in list(self.flying):
             self.wait(name)
             self.free(name)
-        if self.trace:
-            self.recorded = True
-        self.queue = [(name, step) for step, module in enumerate(self.trace) for name in self.names(module)]
+        if self.trace and not self.recorded:
+            self.record()
+        self.queue = deque((name, step) for step, module in enumerate(self.trace) for name in self.modules[module])
         self.fetched_for = {}
         self.place = self.available = 0
 
-    def names(self, module: str) -> list[str]:
-        """Parameters of a module, in the order of the model."""
-        return sorted(self.modules[module], key=list(self.sizes).index)
+    def record(self) -> None:
+        """The order of modules is known: where each is used, and how many elements pass before."""
+        self.recorded = True
+        for place, module in enumerate(self.trace):
+            for name in self.modules[module]:
+                self.uses.setdefault(name, []).append(place)
+        counts = (sum(self.sizes[name] for name in self.modules[module]) for module in self.trace)
+        self.passed = list(accumulate(counts, initial=0))
+
+    def soon(self, name: str) -> bool:
+        """Whether a parameter is used again before so many elements have passed."""
+        uses = self.uses[name]
+        index = bisect_left(uses, self.place)
+        if index == len(uses):
+            return False
+        return self.passed[uses[index]] - self.passed[self.place] < self.zero["stage3_max_reuse_distance"]
 
     def fetch(self, module: str) -> None:
         """`fetch_sub_module`."""
         if not self.recorded:
             self.trace.append(module)
-        names = self.names(module)
+        names = self.modules[module]
         self.gather([name for name in names if name not in self.ready and name not in self.flying])
         for name in names:
             self.users[name].add(module)
@@ -439,7 +495,7 @@ class ZeRO3(Single):
         missing = {name for name in names if self.fetched_for.get(name, -1) < self.place}
         seen: set[str] = set()
         while self.queue and len(seen) < len(missing):
-            name, step = self.queue.pop(0)
+            name, step = self.queue.popleft()
             self.fetched_for[name] = step
             seen.add(name)
 
@@ -449,7 +505,7 @@ class ZeRO3(Single):
         names: list[str] = []
         count = 0
         while self.queue and count < most:
-            name, step = self.queue.pop(0)
+            name, step = self.queue.popleft()
             self.fetched_for[name] = max(self.fetched_for.get(name, -1), step)
             if name not in self.ready and name not in self.flying and name not in names:
                 names.append(name)
@@ -482,19 +538,12 @@ class ZeRO3(Single):
 
     def release(self, module: str) -> None:
         """`release_sub_module`: free what no other module uses, and none will soon."""
-        keep = set(self.persistent) if self.recorded else set()
-        if self.recorded:
-            keep |= {name for name in self.modules[module] if self.fetched_for.get(name, -1) > self.place}
-            passed = 0
-            for later in self.trace[self.place :]:
-                if passed >= self.zero["stage3_max_reuse_distance"]:
-                    break
-                for name in self.modules[later]:
-                    keep.add(name)
-                    passed += self.sizes[name]
         for name in self.modules[module]:
             self.users[name].discard(module)
-            if name not in keep and not self.users[name] and name in self.ready:
+            if self.users[name] or name not in self.ready:
+                continue
+            ahead = self.fetched_for.get(name, -1) > self.place
+            if not (self.recorded and (name in self.persistent or ahead or self.soon(name))):
                 self.free(name)
 
     def free(self, name: str) -> None:
@@ -558,6 +607,6 @@ class ZeRO3(Single):
             found = Storage(self.tape, sum(self.sub_groups))
             del found
         for count in self.sub_groups:
-            gradient = Storage(self.tape, FLOAT * count, "gradients")
+            gradient = None if self.offloads else Storage(self.tape, FLOAT * count, "gradients")
             del gradient
         self.fetch_persistent()

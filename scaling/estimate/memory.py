@@ -1,15 +1,59 @@
-"""Memory of one rank, roughly: states from their counts, activations from their widths. Stands in for the ledger."""
+"""Memory of one rank for any micro-batch, from a few played steps.
 
-from collections.abc import Sequence
+All sizes in a step grow evenly with the micro-batch, and with the number of blocks where blocks are alike. So a few
+small steps (two micro-batches, three and four blocks) say what each moment of a large one holds: a line over the
+micro-batch. The peak is the highest of these lines.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
+from scaling.estimate.decoder import CHUNK_ELEMENTS
+from scaling.estimate.ops import LONG
 from scaling.estimate.results import MemoryEstimate
-from scaling.estimate.step import WIDTHS
+from scaling.estimate.step import engine_of, play
+from scaling.estimate.tape import Tape
 from scaling.groups import Group
 from scaling.hardware import GPU
 from scaling.records import BatchPlan
-from scaling.spec.sections import Spec
+from scaling.render import render
+from scaling.spec.sections import CausalLM, Spec
 from scaling.units import GiB
+
+MICRO = (8, 16)
+"""Micro-batches that are played."""
+BLOCKS = (3, 4)
+"""Numbers of blocks that are played for more."""
+
+FRAGMENTS_LOW, FRAGMENTS, FRAGMENTS_HIGH = 1.03, 1.08, 1.12
+"""Reserved over allocated where memory is short. Engineering judgement from published pairs: 1.03 to 1.12 where the
+allocator had to give back what it could, up to 1.25 where it had room to spare."""
+CONTEXT_BYTES = round(0.5 * GiB)
+"""The CUDA context and its modules. Engineering judgement: 0.3 to 0.6 GiB are reported for current drivers."""
+COMMUNICATOR_BYTES = round(0.67 * GiB)
+"""Each NCCL communicator: 688 MB on 4 A100 (NVIDIA/nccl#964); 544 MB with 2 ranks."""
+MATMUL_WORKSPACE_BYTES = 2 * 32 * 2**20
+"""cuBLAS on Hopper, allocated like tensors: 32 MiB for each thread that multiplies, forward and backward (torch,
+aten/src/ATen/cuda/CublasHandlePool.cpp); 8 MiB on other cards."""
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """One change on each of the played tapes: what is alive after it."""
+
+    base: float
+    """Bytes whatever the micro-batch."""
+    slope: float
+    """Bytes more for each sequence."""
+    places: tuple[int, ...]
+    """Changes before it, on each tape."""
+    phase: str
+
+    def at(self, micro_batch: int) -> float:
+        """Bytes for this micro-batch."""
+        return self.base + self.slope * micro_batch
 
 
 class MemoryModel:
@@ -18,63 +62,190 @@ class MemoryModel:
     def __init__(
         self, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan, gpu: GPU | None
     ) -> None:
-        self.spec = spec
-        self.sequence = plan.sequence_length
-        self.width = WIDTHS[spec.precision]
-        every = sum(group.parameters for group in groups)
-        trained = sum(group.parameters for group in groups if not group.frozen)
-        zero = rendered.get("zero_optimization")
-        self.states = (
-            self._deepspeed(zero, every, trained, plan.world_size) if zero else self._torch(rendered, every, trained)
-        )
-        self.host = self.states.pop("host", 0)
-
-    def _torch(self, rendered: dict[str, Any], every: int, trained: int) -> dict[str, int]:
-        ranks = rendered.get("mesh", {}).get("dp_shard", 1)
-        found = {"parameters": 4 * every // ranks, "gradients": 4 * trained // ranks, "optimizer": 8 * trained // ranks}
-        if rendered.get("cpu_offload"):
-            found = {"host": sum(found.values())}
-        gathered = every * self.width
-        if "wrap" in rendered and rendered["wrap"][0]["reshard_after_forward"]:
-            gathered = 3 * gathered // len(rendered["wrap"])
-        return found | {"communication": {"single": 0, "ddp": 4 * trained, "fsdp": gathered}[rendered["kind"]]}
-
-    def _deepspeed(self, zero: dict[str, Any], every: int, trained: int, ranks: int) -> dict[str, int]:
-        whole = self.width * every
-        found = {
-            "parameters": whole // (ranks if zero["stage"] == 3 else 1),
-            "gradients": 4 * trained // (ranks if zero["stage"] > 1 else 1),
-            "optimizer": 12 * trained // ranks,
-            "communication": 2 * zero["reduce_bucket_size"] * self.width,
-            "host": 0,
-        }
-        for part, name in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
-            if name in zero:
-                found["host"] += found.pop(part)
-        return found
+        self._spec, self._groups, self._rendered, self._plan, self._gpu = spec, groups, rendered, plan, gpu
+        self._curves: dict[tuple[bool, int], _Curve] = {}
 
     def at(self, micro_batch: int, accumulation: int) -> MemoryEstimate:
-        """The estimate with so many sequences at a time."""
-        model, tokens = self.spec.model, micro_batch * self.sequence
-        block = tokens * self.width * (10 * model.hidden_size + 4 * model.intermediate_size)
-        kept = {"none": 1.0, "selective": 0.6, "full": 0.0}[self.spec.activation_checkpointing]
-        inputs = tokens * self.width * model.hidden_size
-        parts = {
-            **self.states,
-            "activations": round(model.num_hidden_layers * (inputs + kept * block) + block),
-            "logits": 10 * min(2**25, tokens * model.vocab_size),
-            "workspace": 64 * 2**20,
-        }
-        allocated = sum(parts.values())
-        reserved = round(1.1 * allocated)
-        used = reserved + GiB
+        """With so many sequences at a time, so many times a step."""
+        curve = self._curve(micro_batch, again=accumulation > 1)
+        allocated, phase, parts = curve.peak(micro_batch)
+        batch = 2 * accumulation * LONG * micro_batch * self._plan.sequence_length
+        parts["activations"] = parts.get("activations", 0) + batch
+        return self._estimate(allocated + batch, phase, parts, curve.host_bytes)
+
+    def exactly(self, plan: BatchPlan) -> MemoryEstimate:
+        """Every micro-step and block of a plan, played."""
+        tape = play(self._spec, plan, self._groups, self._rendered, cuda=True)
+        peak = tape.peak
+        return self._estimate(peak.bytes, peak.phase, peak.parts, tape.host_bytes)
+
+    def _curve(self, micro_batch: int, *, again: bool) -> "_Curve":
+        """Played once for each way in which steps differ: with gradients from before or not, by chunks of the loss."""
+        spec = self._spec
+        chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
+        rows = max(1, CHUNK_ELEMENTS // spec.model.vocab_size)
+        chunks = min(3, -(-micro_batch * self._plan.sequence_length // rows)) if chunked else 1
+        again = again and engine_of(spec).gradients_wait
+        if (again, chunks) not in self._curves:
+            self._curves[again, chunks] = _Curve(spec, self._groups, self._plan, again=again, chunks=chunks)
+        return self._curves[again, chunks]
+
+    def _estimate(self, allocated: int, phase: str, parts: dict[str, int], host: int) -> MemoryEstimate:
+        workspace = MATMUL_WORKSPACE_BYTES // (1 if _is_wide(self._gpu) else 4)
+        parts["workspace"] = parts.get("workspace", 0) + workspace
+        allocated += workspace
+        around = CONTEXT_BYTES + COMMUNICATOR_BYTES * self._communicators()
+        low, usual, high = (round(factor * allocated) for factor in (FRAGMENTS_LOW, FRAGMENTS, FRAGMENTS_HIGH))
         return MemoryEstimate(
             peak_allocated_bytes=allocated,
-            peak_reserved_bytes=reserved,
-            device_used_bytes=used,
-            low_bytes=round(0.95 * used),
-            high_bytes=round(1.05 * used),
-            peak_phase="backward",
-            parts=parts,
-            host_bytes=self.host,
+            peak_reserved_bytes=usual,
+            device_used_bytes=usual + around,
+            low_bytes=low + around,
+            high_bytes=high + around,
+            peak_phase=phase,
+            parts=dict(sorted(parts.items())),
+            host_bytes=host,
         )
+
+    def _communicators(self) -> int:
+        """Groups of NCCL that a rank is in."""
+        replicas = self._rendered.get("mesh", {}).get("dp_replicate", 1)
+        return 0 if self._plan.world_size == 1 else 1 + (replicas > 1)
+
+
+class _Curve:
+    """The peak over the micro-batch."""
+
+    def __init__(self, spec: Spec, groups: Sequence[Group], plan: BatchPlan, *, again: bool, chunks: int) -> None:
+        layers = spec.model.num_hidden_layers
+        grows = layers > BLOCKS[1] and _alike(groups, layers) and engine_of(spec).blocks_alike
+        self._layers, self._blocks = layers, BLOCKS if grows else (layers, layers)
+        self._tapes = [
+            _played(spec, groups, plan, count, micro, again=again, chunks=chunks)
+            for count in dict.fromkeys(self._blocks)
+            for micro in MICRO
+        ]
+        self.host_bytes = self._grown([tape.host_bytes for tape in self._tapes])[0]
+        self._moments = _highest(self._all())
+        self._parts: dict[tuple[int, ...], list[dict[str, int]]] = {}
+
+    def peak(self, micro_batch: int) -> tuple[int, str, dict[str, int]]:
+        """Bytes, phase and parts."""
+        top = max(self._moments, key=lambda moment: moment.at(micro_batch))
+        if top.places not in self._parts:
+            self._parts[top.places] = [tape.parts(place) for tape, place in zip(self._tapes, top.places, strict=True)]
+        found = self._parts[top.places]
+        parts: dict[str, int] = {}
+        for category in sorted({name for part in found for name in part}):
+            base, slope = self._line([part.get(category, 0) for part in found])
+            if size := round(base + slope * micro_batch):
+                parts[category] = size
+        return sum(parts.values()), top.phase, parts
+
+    def _grown(self, values: Sequence[int]) -> tuple[int, int]:
+        """From the played numbers of blocks to the real one, for each micro-batch."""
+        if len(values) == 2:
+            return values[0], values[1]
+        fewer, more = self._blocks
+        factor = self._layers - more
+        low, high = ((b + (b - a) * factor) // (more - fewer) for a, b in zip(values[:2], values[2:], strict=True))
+        return low, high
+
+    def _line(self, values: Sequence[int]) -> tuple[float, float]:
+        """Base and slope over the micro-batch."""
+        low, high = self._grown(values)
+        slope = (high - low) / (MICRO[1] - MICRO[0])
+        return low - slope * MICRO[0], slope
+
+    def _all(self) -> Iterator[_Moment]:
+        totals = [list(accumulate(tape.changes, initial=0)) for tape in self._tapes]
+        runs = [_runs(tape) for tape in self._tapes]
+        for tracks in zip(*runs, strict=True):
+            phase = tracks[0][0]
+            for segments in _aligned([segments for _, segments in tracks]):
+                for places in _places(segments, totals):
+                    values = [total[place] for total, place in zip(totals, places, strict=True)]
+                    yield _Moment(*self._line(values), places, phase)
+
+
+def _played(
+    spec: Spec, groups: Sequence[Group], plan: BatchPlan, blocks: int, micro: int, *, again: bool, chunks: int
+) -> Tape:
+    accumulation = 2 if again else 1
+    small = spec.model_copy(update={"model": spec.model.model_copy(update={"num_hidden_layers": blocks})})
+    sizes = {"global_batch_size": micro * accumulation * plan.world_size, "global_batch_tokens": None}
+    batch = spec.batch.model_copy(update={**sizes, "micro_batch_size": micro, "gradient_accumulation_steps": "auto"})
+    small = small.model_copy(update={"batch": batch})
+    played = BatchPlan(sizes["global_batch_size"] or 0, micro, accumulation, plan.world_size, plan.sequence_length)
+    kept = [replace(group, names=tuple(n for n in group.names if _within(n, blocks))) for group in groups]
+    kept = [group for group in kept if group.names]
+    return play(small, played, kept, render(small, plan.world_size), cuda=True, rough=chunks)
+
+
+def _within(name: str, blocks: int) -> bool:
+    first, _, rest = name.partition(".")
+    return first != "layers" or int(rest.split(".")[0]) < blocks
+
+
+def _alike(groups: Sequence[Group], layers: int) -> bool:
+    """Whether all blocks have the same parameters in the same groups."""
+    found: list[set[tuple[int, str]]] = [set() for _ in range(layers)]
+    for index, group in enumerate(groups):
+        for name in group.names:
+            first, _, rest = name.partition(".")
+            if first == "layers":
+                block, _, own = rest.partition(".")
+                found[int(block)].add((index, own))
+    return all(block == found[0] for block in found)
+
+
+def _runs(tape: Tape) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Stretches of one phase, each as its segments between marks: (first change, one past the last)."""
+    found: list[tuple[str, list[tuple[int, int]]]] = []
+    ends = [*(start for start, _ in tape.marks[1:]), len(tape.changes)]
+    for (start, phase), end in zip(tape.marks, ends, strict=True):
+        if not found or found[-1][0] != phase:
+            found.append((phase, []))
+        found[-1][1].append((start, end))
+    return found
+
+
+def _aligned(tracks: Sequence[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+    """Segments that belong together: where tapes differ in blocks, those as far from the start, or from the end."""
+    fewest = min(len(track) for track in tracks)
+    if all(len(track) == fewest for track in tracks):
+        yield from (list(together) for together in zip(*tracks, strict=True))
+        return
+    half = fewest // 2
+    for place in range(half + 1):
+        yield [track[place] for track in tracks]
+    for place in range(-(fewest - half), 0):
+        yield [track[place] for track in tracks]
+
+
+def _places(segments: Sequence[tuple[int, int]], totals: Sequence[list[int]]) -> Iterator[tuple[int, ...]]:
+    """Moments of segments, side by side; where they differ in length, the highest of each."""
+    if len({end - start for start, end in segments}) == 1:
+        for offset in range(segments[0][1] - segments[0][0] + 1):
+            yield tuple(start + offset for start, _ in segments)
+    else:
+        yield tuple(
+            max(range(start, end + 1), key=total.__getitem__)
+            for (start, end), total in zip(segments, totals, strict=True)
+        )
+
+
+def _highest(moments: Iterator[_Moment]) -> list[_Moment]:
+    """Those that are the highest for some micro-batch: by how they begin, each steeper than all that begin higher."""
+    found: list[_Moment] = []
+    steepest = float("-inf")
+    for moment in sorted(moments, key=lambda moment: (-moment.at(1), -moment.slope)):
+        if moment.slope > steepest:
+            steepest = moment.slope
+            found.append(moment)
+    return found
+
+
+def _is_wide(gpu: GPU | None) -> bool:
+    """Hopper and newer, by their peak."""
+    return gpu is not None and (gpu.bf16_flops or 0) > 700e12

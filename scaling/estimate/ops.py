@@ -29,17 +29,33 @@ class Ops:
     A backward function must hold sizes, not values: what it holds would live as long as its node.
     """
 
-    def __init__(self, tape: Tape, shape: Shape) -> None:
+    def __init__(self, tape: Tape, shape: Shape, *, cuda: bool = False, rough: int = 0) -> None:
         self.tape = tape
         self.shape = shape
+        self.cuda = cuda
+        """Kernels of a GPU, some of which keep other things than a CPU's."""
+        self.rough = rough
+        """Not 0: every size is to grow evenly with the micro-batch, the loss in so many chunks, 3 for more; and moments
+        between two blocks are marked."""
+        self.compiled = False
+        """Within a compiled block: what is pointwise is made again in the backward pass, not kept."""
         self.read: Callable[[str], Value]
         """The parameter of this name as the forward pass sees it."""
         self.frame: Frame | None = None
         """The checkpointed call at work."""
+        self.zero3_linear = False
+        """Linear layers are DeepSpeed's, which keep all they have (runtime/zero/linear.py)."""
 
     def new(self, elements: int, width: int | None = None, category: str | None = None) -> Storage:
         """Memory for so many elements of the compute type, or of `width` bytes."""
         return Storage(self.tape, elements * (self.shape.width if width is None else width), category)
+
+    def held(self, elements: int, width: int, category: str, *, on_host: bool) -> Storage:
+        """Memory that is there from the start, on the device or in the host's memory (one and the same on a CPU)."""
+        if on_host and self.cuda:
+            self.tape.host_bytes += elements * width
+            elements = 0
+        return self.new(elements, width, category)
 
     def result(
         self,
@@ -48,6 +64,8 @@ class Ops:
         saved: Sequence[Storage],
         run: Backward,
         storage: Storage | Callable[[], Storage] | None = None,
+        *,
+        pointwise: bool = False,
     ) -> Value:
         """A value and, if a gradient flows to any of the inputs, its node; inputs are kept before the value is made."""
         edges = [value.node if value else None for value in inputs]
@@ -58,7 +76,7 @@ class Ops:
                 self.frame.enter(node, saved)
         if not isinstance(storage, Storage):
             storage = storage() if storage else self.new(elements)
-        return Value(storage, elements, node)
+        return Value(storage, elements, node, pointwise and self.compiled)
 
     def kept(self, elements: int, width: int | None = None) -> Storage:
         """Memory for a result that selective checkpointing keeps."""
@@ -88,6 +106,20 @@ class Ops:
             return call(hidden)
         finally:
             self.frame = None
+
+    def border(self, value: Value) -> Value:
+        """Between two blocks: where a rough tape is marked, forward and backward."""
+        if not self.rough:
+            return value
+        self.tape.mark()
+        if value.node is None:
+            return value
+
+        def run(gradient: Storage, _: list[Storage]) -> Gradients:
+            self.tape.mark()
+            return [gradient]
+
+        return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
 
     def made(self, sizes: Sequence[int | None]) -> Gradients:
         """Gradients of so many elements each."""
@@ -119,24 +151,33 @@ class Ops:
         weight = self.read(f"{name}.weight")
         extra = self.read(f"{name}.bias") if bias else None
         rows = inputs.elements // (weight.elements // outputs)
-        saved = [inputs.storage] if weight.node else []
-        saved += [weight.storage] if inputs.node else []
+        saved = [inputs.storage] if (weight.node or self.zero3_linear) and not inputs.cheap else []
+        saved += [weight.storage] if inputs.node or self.zero3_linear else []
 
         sizes = self.wanted((extra, inputs, weight), (outputs, inputs.elements, weight.elements))
+        again = inputs.elements if weight.node and inputs.cheap else 0
+
+        def run(_: Storage, __: list[Storage]) -> Gradients:
+            remade = self.new(again) if again else None
+            found = self.made(sizes)
+            del remade
+            return found
+
         make = lambda: self.kept(rows * outputs)  # noqa: E731
-        return self.result(rows * outputs, [extra, inputs, weight], saved, lambda *_: self.made(sizes), make)
+        return self.result(rows * outputs, [extra, inputs, weight], saved, run, make)
 
     def layer_norm(self, name: str, inputs: Value, columns: int, bias: bool) -> Value:
-        """native_layer_norm: mean and 1/deviation of each row are kept, on a CPU in the type of the input."""
+        """native_layer_norm: mean and 1/deviation of each row are kept, in fp32, on a CPU in the type of the input."""
         weight = self.read(f"{name}.weight")
         extra = self.read(f"{name}.bias") if bias else None
         out = self.new(inputs.elements)
         rows = inputs.elements // columns
-        statistics = [self.new(rows), self.new(rows)]
+        statistics = [self.new(rows, FLOAT if self.cuda else None) for _ in range(2)]
         saved = [inputs.storage, *statistics, weight.storage, *([extra.storage] if extra else [])]
 
         sizes = self.wanted((inputs, weight, extra), (inputs.elements, columns, columns))
-        return self.result(inputs.elements, [inputs, weight, extra], saved, lambda *_: self.made(sizes), out)
+        run = lambda *_: self.made(sizes)  # noqa: E731
+        return self.result(inputs.elements, [inputs, weight, extra], saved, run, out, pointwise=True)
 
     def attention(self, query: Value, key: Value, value: Value, heads: int) -> Value:
         """Flash attention, fused: keeps its inputs, its result and the log-sum-exp of each row in fp32."""
@@ -144,12 +185,23 @@ class Ops:
 
         sizes = [query.elements, key.elements, value.elements]  # all three are made, wanted or not
         saved = [query.storage, key.storage, value.storage, out, normaliser]
-        return self.result(query.elements, [query, key, value], saved, lambda *_: self.made(sizes), out)
+        rows = heads * self.shape.rows
+
+        def run(_: Storage, __: list[Storage]) -> Gradients:
+            # torch/csrc flash_attn: dq summed up in fp32, a row sum of out * gradient, and for grouped queries the
+            # gradients of keys and values of each head before they are added up.
+            work = [self.new(sizes[0], FLOAT), self.new(rows, FLOAT)] if self.cuda else []
+            apart = [self.new(sizes[0]) for _ in range(2 * (self.cuda and sizes[1] < sizes[0]))]
+            found = self.made(sizes)
+            del work, apart
+            return found
+
+        return self.result(query.elements, [query, key, value], saved, run, out)
 
     def pointwise(self, inputs: Value) -> Value:
         """A function that keeps its input (gelu, silu)."""
         size = inputs.elements
-        return self.result(size, [inputs], [inputs.storage], lambda *_: [self.new(size)])
+        return self.result(size, [inputs], [inputs.storage], lambda *_: [self.new(size)], pointwise=True)
 
     def times(self, inputs: Value, factor: Storage | None = None) -> Value:
         """Product with something that takes no gradient; or any function whose gradient needs no more."""
@@ -179,10 +231,16 @@ class Ops:
         return self.add(near, far)
 
     def rms_norm(self, name: str, inputs: Value, columns: int) -> Value:
-        """RMSNorm as torch composes it on a CPU: in fp32, piece by piece."""
+        """RMSNorm: one kernel that keeps 1/root of each row in fp32; on a CPU torch composes it, in fp32."""
         exact = self.shape.width == FLOAT
         weight = self.read(f"{name}.weight")
         rows = inputs.elements // columns
+        if self.cuda:
+            out, root = self.new(inputs.elements), self.new(rows, FLOAT)
+            sizes = self.wanted((inputs, weight), (inputs.elements, columns))
+            saved = [inputs.storage, root, weight.storage]
+            run = lambda *_: self.made(sizes)  # noqa: E731
+            return self.result(inputs.elements, [inputs, weight], saved, run, out, pointwise=True)
         upcast = inputs if exact else self.cast(inputs, FLOAT, self.shape.width)
         size = upcast.elements
         square = self._power(upcast, size)
@@ -227,18 +285,19 @@ class Ops:
         """Keeps its result."""
         size = inputs.elements
         out = self.new(size)
-        return self.result(size, [inputs], [out], lambda *_: [self.new(size)], out)
+        saved = [inputs.storage] if self.compiled else [out]
+        return self.result(size, [inputs], saved, lambda *_: [self.new(size)], out, pointwise=True)
 
     def dropout(self, inputs: Value) -> Value:
-        """On a CPU a product with noise of the input's type, which is kept."""
+        """Keeps a mask of bytes; on a CPU it is a product with noise of the input's type, which is kept."""
         size = inputs.elements
-        noise = self.new(size)
+        noise = self.new(size, 1 if self.cuda else None)
         return self.result(size, [inputs], [noise], lambda *_: [self.new(size)])
 
     def multiply(self, first: Value, second: Value) -> Value:
         """Product: each factor is kept for the other's gradient."""
-        saved = [first.storage] if second.node else []
-        saved += [second.storage] if first.node else []
+        saved = [first.storage] if second.node and not first.cheap else []
+        saved += [second.storage] if first.node and not second.cheap else []
 
         sizes = self.wanted((first, second), (first.elements, first.elements))
-        return self.result(first.elements, [first, second], saved, lambda *_: self.made(sizes))
+        return self.result(first.elements, [first, second], saved, lambda *_: self.made(sizes), pointwise=True)

@@ -19,7 +19,8 @@ WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of an element in the compute type."""
 
 
-def _engine(spec: Spec) -> type[Single]:
+def engine_of(spec: Spec) -> type[Single]:
+    """The engine that is played for a spec."""
     match spec.backend:
         case DeepSpeedSpec():
             return _zero_engine(spec, spec.backend)
@@ -38,22 +39,42 @@ def _zero_engine(spec: Spec, backend: DeepSpeedSpec) -> type[Single]:
     return BF16 if backend.zero_stage == 1 and spec.precision == "bf16" and not backend.offload_optimizer else ZeRO12
 
 
-def play(spec: Spec, plan: BatchPlan, groups: Sequence[Group], rendered: dict[str, Any]) -> Tape:
-    """A step of rank 0 once Adam has its moments; not compiled, on a CPU."""
+def play(
+    spec: Spec,
+    plan: BatchPlan,
+    groups: Sequence[Group],
+    rendered: dict[str, Any],
+    *,
+    cuda: bool = False,
+    rough: int = 0,
+) -> Tape:
+    """A step of rank 0 once Adam has its moments; with the kernels of a CPU, or of a GPU.
+
+    `rough` as in `Ops`: of accumulated micro-steps only two, without what the batch itself takes.
+    """
     tape = Tape()
-    ops = Ops(tape, Shape(plan.micro_batch, plan.sequence_length, WIDTHS[spec.precision]))
-    engine = _engine(spec)(ops, spec, groups, rendered, plan)
+    ops = Ops(tape, Shape(plan.micro_batch, plan.sequence_length, WIDTHS[spec.precision]), cuda=cuda, rough=rough)
+    engine = engine_of(spec)(ops, spec, groups, rendered, plan)
     chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
-    checkpointing = spec.activation_checkpointing
-    decoder = PlayedDecoder(spec.model, ops, engine, chunked=chunked, checkpointing=checkpointing)
-    with tape.during("data", "activations"):
-        held = [Storage(tape, LONG * ops.shape.rows) for _ in range(2 * plan.accumulation)]
+    decoder = PlayedDecoder(
+        spec.model,
+        ops,
+        engine,
+        chunked=chunked,
+        checkpointing=spec.activation_checkpointing,
+        compiled=spec.compile and cuda,
+    )
+    held: list[Storage] = []
+    if not rough:
+        with tape.during("data", "activations"):
+            held = [Storage(tape, LONG * ops.shape.rows) for _ in range(2 * plan.accumulation)]
     # Targets, scale and loss of the step; of the step before, what the optimizer was given.
     held += [Storage(tape, FLOAT, "other") for _ in range(3)] + [Storage(tape, FLOAT, "workspace") for _ in range(2)]
     loss: Value | None = None
+    micro_steps = min(plan.accumulation, 2) if rough else plan.accumulation
     for _ in range(engine.steps):
-        for index in range(plan.accumulation):
-            engine.begin(last=index == plan.accumulation - 1)
+        for index in range(micro_steps):
+            engine.begin(last=index == micro_steps - 1)
             with tape.during("forward", "activations"):
                 loss = decoder.forward()
             with tape.during("backward", "workspace"):

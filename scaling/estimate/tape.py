@@ -28,6 +28,8 @@ class Tape:
         """Of each change: what it is of."""
         self.marks: list[tuple[int, str]] = [(0, "other")]
         """(index of a change, phase): from there on."""
+        self.host_bytes = 0
+        """In host memory."""
         self.category = "other"
         self.nodes = itertools.count()
 
@@ -52,6 +54,10 @@ class Tape:
             if phase not in where or totals[highest] > totals[where[phase]]:
                 where[phase] = highest
         return {phase: Peak(totals[place], phase, self.parts(place)) for phase, place in where.items()}
+
+    def mark(self) -> None:
+        """Something of the same phase begins: a block, say."""
+        self.marks.append((len(self.changes), self.marks[-1][1]))
 
     def parts(self, place: int) -> dict[str, int]:
         """Bytes by category after so many changes."""
@@ -222,6 +228,8 @@ class Value:
     storage: Storage
     elements: int
     node: Node | None = None
+    cheap: bool = False
+    """Compiled code makes it again in the backward pass rather than keep it."""
 
 
 def backward(tape: Tape, root: Node, gradient: Storage) -> None:

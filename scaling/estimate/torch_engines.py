@@ -19,6 +19,10 @@ class Single:
 
     steps = 1
     """After so many all steps are alike."""
+    blocks_alike = True
+    """Blocks do the same whatever their number: nothing is done when so many elements have come."""
+    gradients_wait = True
+    """Later micro-steps hold gradients of earlier ones beyond what the first holds."""
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
@@ -27,6 +31,10 @@ class Single:
         self.tape = ops.tape
         self.width = ops.shape.width
         self.rendered = rendered
+        self.offloads = "offload_optimizer" in rendered.get("zero_optimization", {}) or bool(
+            rendered.get("cpu_offload")
+        )
+        """Adam's state, and what it works on, are in host memory."""
         frozen = {name for group in groups if group.frozen for name in group.names}
         self.parameters = parameters(spec.model)
         self.leaves = {p.name: self.leaf(p) for p in self.parameters if p.name not in frozen}
@@ -44,9 +52,11 @@ class Single:
         """Parameters, and Adam's state of those that train."""
         for parameter in self.parameters:
             leaf, count = self.leaves.get(parameter.name), self.held(parameter)
-            self.values[parameter.name] = Value(Storage(self.tape, FLOAT * count), count, leaf)
+            storage = self.ops.held(count, FLOAT, "parameters", on_host=self.offloads)
+            self.values[parameter.name] = Value(storage, count, leaf)
             if leaf is not None:
-                self._state += [Storage(self.tape, size, "optimizer") for size in (FLOAT * count, FLOAT * count, FLOAT)]
+                held = self.ops.held
+                self._state += [held(size, FLOAT, "optimizer", on_host=self.offloads) for size in (count, count, 1)]
 
     def held(self, parameter: Parameter) -> int:
         """Elements of a parameter on this rank."""
@@ -272,9 +282,10 @@ class FSDP(Single):
         if unit.gathering is not None or unit.unsharded:
             return
         count = 0 if self.ranks == 1 else sum(unit.shard.values())
+        there = Storage(self.tape, FLOAT * count, "communication") if self.offloads and self.ops.cuda else None
         cast = Storage(self.tape, self.width * count, "communication") if self.width != FLOAT else None
         unit.gathering = Storage(self.tape, self.width * count * self.ranks, "communication")
-        del cast
+        del cast, there
 
     def _copy_out(self, unit: _Unit, *, forward: bool) -> None:
         """`wait_for_unshard`."""
@@ -319,4 +330,5 @@ class FSDP(Single):
             unit.partial = unit.partial or part
             return
         unit.partial = None
-        unit.grad = unit.grad or part
+        if unit.grad is None:
+            unit.grad = self.ops.held(count, FLOAT, "gradients", on_host=True) if self.offloads else part

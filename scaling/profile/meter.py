@@ -171,8 +171,10 @@ def _known_functions() -> Iterator[tuple[Any, str, str]]:
             yield optimizer, name, "communication"
         for name in ("_build_compact_grad_partition_buffer", "copy_grads_in_partition"):
             yield optimizer, name, "gradients"
-    if bf16 := sys.modules.get("deepspeed.runtime.bf16_optimizer"):
-        yield bf16.BF16_Optimizer, "_setup_for_real_optimizer", "gradients"  # and masters, which are named later
+    if stage3 := sys.modules.get("deepspeed.runtime.zero.stage3"):
+        owner = stage3.DeepSpeedZeroOptimizer_Stage3
+        for name in (f"_{owner.__name__}__avg_scatter_grads", "_post_step"):  # which gathers the small parameters
+            yield owner, name, "communication"
     if engine := sys.modules.get("deepspeed.runtime.engine"):
         yield engine.DeepSpeedEngine, "allreduce_bucket", "communication"
     if coordinator := sys.modules.get("deepspeed.runtime.zero.partitioned_param_coordinator"):
