@@ -17,11 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scaling.estimate.step import play
 from scaling.rehearse import rehearse_all
-from scaling.run import resolve
 from scaling.run_folder import environment
-from scaling.spec import load_spec
 
 STEPS, STEPS_3 = 2, 5
 """From the second on all are alike; at stage 3 later, since what it knows of the order of modules grows."""
@@ -88,19 +85,18 @@ def compare(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if "error" in report:
             yield {**row, "error": report["error"]}
             continue
-        job = resolve(load_spec(cell["spec"], cell["set"]), cell["world_size"])
-        played, real = play(job.spec, job.plan, job.groups, job.rendered).peak, report["memory"]
+        played, real = report["predicted"], report["memory"]
         counted = real["peak_allocated_bytes"]
         parts = {
-            part: (played.parts.get(part, 0) - real["parts"].get(part, 0)) / counted
-            for part in sorted({*played.parts, *real["parts"]})
+            part: (played["parts"].get(part, 0) - real["parts"].get(part, 0)) / counted
+            for part in sorted({*played["parts"], *real["parts"]})
         }
         yield {
             **row,
-            "played": played.bytes,
+            "played": played["peak_allocated_bytes"],
             "counted": counted,
-            "off": played.bytes / counted - 1,
-            "phases": [played.phase, real["peak_phase"]],
+            "off": played["peak_allocated_bytes"] / counted - 1,
+            "phases": [played["peak_phase"], real["peak_phase"]],
             "parts": parts,
             "worst_part": max(map(abs, parts.values())),
         }

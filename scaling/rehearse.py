@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_command
+from scaling.estimate.memory import MemoryModel
+from scaling.estimate.report import memory_report
+from scaling.hardware import gpu_from_device_name
 from scaling.run import Job, device_name, resolve
 from scaling.run_folder import environment
 from scaling.spec import load_spec
@@ -104,7 +107,9 @@ def _line(report: dict[str, Any]) -> str:
     if "error" in report:
         return f"{name}: {report['error']}"
     memory = report["memory"]
-    return f"{name}: {format_bytes(memory['peak_allocated_bytes'])} in {memory['peak_phase']}"
+    ratio = f"{report['measured_to_predicted']:.2%}".replace("%", " %")
+    peak = format_bytes(memory["peak_allocated_bytes"])
+    return f"{name}: {peak} in {memory['peak_phase']}, {ratio} of what is predicted"
 
 
 def rehearse(job: Job, steps: int) -> dict[str, Any]:
@@ -131,6 +136,9 @@ def rehearse(job: Job, steps: int) -> dict[str, Any]:
                 f"({str(error).splitlines()[0]}); lower it, or shard over more ranks"
             ) from None
         on_gpu = process.device.type == "cuda"
+        gpu = gpu_from_device_name(device_name(process))
+        ledger = MemoryModel(job.spec, job.groups, job.rendered, job.plan, gpu, cuda=on_gpu)
+        predicted, measured = ledger.exactly(job.plan), meter.report()
         return {
             "rehearsed": True,
             "spec": job.spec.name,
@@ -141,7 +149,9 @@ def rehearse(job: Job, steps: int) -> dict[str, Any]:
             "micro_batch_size": job.plan.micro_batch,
             "gradient_accumulation_steps": job.plan.accumulation,
             "sequence_length": job.plan.sequence_length,
-            "memory": meter.report(),
+            "memory": measured,
+            "predicted": memory_report(predicted),
+            "measured_to_predicted": measured["peak_allocated_bytes"] / predicted.peak_allocated_bytes,
             # Counting tensors one by one takes most of a CPU's time.
             "compute_seconds": statistics.median(seconds[2:]) if on_gpu and len(seconds) > 2 else None,
             "environment": environment(1, device_name(process)),
@@ -157,6 +167,11 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"{report['environment']['device']}; rehearsed: communication costs nothing, losses mean nothing",
         f"peak {format_bytes(memory['peak_allocated_bytes'])}, in {memory['peak_phase']} ({memory['method']})",
     ]
+    predicted = report["predicted"]
+    found.append(
+        f"predicted {format_bytes(predicted['peak_allocated_bytes'])}, in {predicted['peak_phase']}: measured are "
+        f"{report['measured_to_predicted']:.2%} of it".replace("%", " %")
+    )
     found += [f"  {phase:<12} {format_bytes(count):>10}" for phase, count in memory["phases"].items()]
     if memory["parts"]:
         found.append("of the peak")

@@ -239,11 +239,19 @@ def _open_run_folder(folder: Path, job: Job, process: "Process", resume: str) ->
         write_json(folder / "spec.json", job.spec.to_json())
         write_json(folder / "rendered.json", job.rendered)
         write_json(folder / "environment.json", environment(process.world_size, device_name(process)))
+        write_json(folder / "plan.json", _predicted(job, process))
         return lock
 
     lock = process.on_main(enter)
     log_to(folder, process.rank)
     return lock
+
+
+def _predicted(job: Job, process: "Process") -> dict[str, Any]:
+    from scaling.estimate.report import run_report
+
+    per_node = _announced("LOCAL_WORLD_SIZE", process.world_size)
+    return run_report(job.spec, job.plan, job.groups, job.rendered, device_name(process), per_node)
 
 
 def _show(job: Job, process: "Process") -> None:

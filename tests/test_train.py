@@ -72,6 +72,9 @@ def test_the_run_folder_has_what_the_contract_says(tmp_path):
 
     spec = json.loads((folder / "spec.json").read_text())
     assert spec["max_steps"] == 4 and spec["backend"]["kind"] == "fsdp" and spec["model"]["norm"] == "rmsnorm"
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["device"] == "cpu" and plan["time"] is None and plan["memory"]["peak_allocated_bytes"] > 1e6
+    assert sum(plan["memory"]["parts"].values()) == plan["memory"]["peak_allocated_bytes"]
     rendered = json.loads((folder / "rendered.json").read_text())
     assert rendered["mesh"] == {"dp_shard": 2}
     environment = json.loads((folder / "environment.json").read_text())

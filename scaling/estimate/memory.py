@@ -60,8 +60,17 @@ class MemoryModel:
     """Memory of one structure: everything but micro-batch and accumulation is fixed."""
 
     def __init__(
-        self, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan, gpu: GPU | None
+        self,
+        spec: Spec,
+        groups: Sequence[Group],
+        rendered: dict[str, Any],
+        plan: BatchPlan,
+        gpu: GPU | None,
+        *,
+        cuda: bool = True,
     ) -> None:
+        """Without `cuda` it is that of live tensors on a CPU, with nothing around."""
+        self._cuda = cuda
         self._spec, self._groups, self._rendered, self._plan, self._gpu = spec, groups, rendered, plan, gpu
         self._curves: dict[tuple[bool, int], _Curve] = {}
 
@@ -75,7 +84,7 @@ class MemoryModel:
 
     def exactly(self, plan: BatchPlan) -> MemoryEstimate:
         """Every micro-step and block of a plan, played."""
-        tape = play(self._spec, plan, self._groups, self._rendered, cuda=True)
+        tape = play(self._spec, plan, self._groups, self._rendered, cuda=self._cuda)
         peak = tape.peak
         return self._estimate(peak.bytes, peak.phase, peak.parts, tape.host_bytes)
 
@@ -87,10 +96,14 @@ class MemoryModel:
         chunks = min(3, -(-micro_batch * self._plan.sequence_length // rows)) if chunked else 1
         again = again and engine_of(spec).gradients_wait
         if (again, chunks) not in self._curves:
-            self._curves[again, chunks] = _Curve(spec, self._groups, self._plan, again=again, chunks=chunks)
+            played = _Played(spec, self._groups, self._plan, 2 if again else 1, chunks, self._cuda)
+            self._curves[again, chunks] = _Curve(played)
         return self._curves[again, chunks]
 
     def _estimate(self, allocated: int, phase: str, parts: dict[str, int], host: int) -> MemoryEstimate:
+        if not self._cuda:
+            parts = dict(sorted(parts.items()))
+            return MemoryEstimate(allocated, allocated, allocated, allocated, allocated, phase, parts)
         workspace = MATMUL_WORKSPACE_BYTES // (1 if _is_wide(self._gpu) else 4)
         parts["workspace"] = parts.get("workspace", 0) + workspace
         allocated += workspace
@@ -116,15 +129,11 @@ class MemoryModel:
 class _Curve:
     """The peak over the micro-batch."""
 
-    def __init__(self, spec: Spec, groups: Sequence[Group], plan: BatchPlan, *, again: bool, chunks: int) -> None:
-        layers = spec.model.num_hidden_layers
-        grows = layers > BLOCKS[1] and _alike(groups, layers) and engine_of(spec).blocks_alike
+    def __init__(self, played: "_Played") -> None:
+        layers = played.spec.model.num_hidden_layers
+        grows = layers > BLOCKS[1] and _alike(played.groups, layers) and engine_of(played.spec).blocks_alike
         self._layers, self._blocks = layers, BLOCKS if grows else (layers, layers)
-        self._tapes = [
-            _played(spec, groups, plan, count, micro, again=again, chunks=chunks)
-            for count in dict.fromkeys(self._blocks)
-            for micro in MICRO
-        ]
+        self._tapes = [played.tape(count, micro) for count in dict.fromkeys(self._blocks) for micro in MICRO]
         self.host_bytes = self._grown([tape.host_bytes for tape in self._tapes])[0]
         self._moments = _highest(self._all())
         self._parts: dict[tuple[int, ...], list[dict[str, int]]] = {}
@@ -168,18 +177,28 @@ class _Curve:
                     yield _Moment(*self._line(values), places, phase)
 
 
-def _played(
-    spec: Spec, groups: Sequence[Group], plan: BatchPlan, blocks: int, micro: int, *, again: bool, chunks: int
-) -> Tape:
-    accumulation = 2 if again else 1
-    small = spec.model_copy(update={"model": spec.model.model_copy(update={"num_hidden_layers": blocks})})
-    sizes = {"global_batch_size": micro * accumulation * plan.world_size, "global_batch_tokens": None}
-    batch = spec.batch.model_copy(update={**sizes, "micro_batch_size": micro, "gradient_accumulation_steps": "auto"})
-    small = small.model_copy(update={"batch": batch})
-    played = BatchPlan(sizes["global_batch_size"] or 0, micro, accumulation, plan.world_size, plan.sequence_length)
-    kept = [replace(group, names=tuple(n for n in group.names if _within(n, blocks))) for group in groups]
-    kept = [group for group in kept if group.names]
-    return play(small, played, kept, render(small, plan.world_size), cuda=True, rough=chunks)
+@dataclass(frozen=True)
+class _Played:
+    """Steps to play of one structure."""
+
+    spec: Spec
+    groups: Sequence[Group]
+    plan: BatchPlan
+    accumulation: int
+    chunks: int
+    cuda: bool
+
+    def tape(self, blocks: int, micro: int) -> Tape:
+        """A step with so many blocks and sequences."""
+        ranks = self.plan.world_size
+        cut = BatchPlan(micro * self.accumulation * ranks, micro, self.accumulation, ranks, self.plan.sequence_length)
+        sizes = {"global_batch_size": cut.global_batch, "global_batch_tokens": None, "micro_batch_size": micro}
+        batch = self.spec.batch.model_copy(update={**sizes, "gradient_accumulation_steps": "auto"})
+        model = self.spec.model.model_copy(update={"num_hidden_layers": blocks})
+        small = self.spec.model_copy(update={"model": model, "batch": batch})
+        kept = [replace(group, names=tuple(n for n in group.names if _within(n, blocks))) for group in self.groups]
+        kept = [group for group in kept if group.names]
+        return play(small, cut, kept, render(small, ranks), cuda=self.cuda, rough=self.chunks)
 
 
 def _within(name: str, blocks: int) -> bool:

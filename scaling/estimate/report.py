@@ -1,9 +1,19 @@
 """A search's result as plain JSON values: the schema that `python -m scaling.plan --json` prints."""
 
+import dataclasses
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+from scaling.errors import UserError
 from scaling.estimate.flops import train_flops_per_token
+from scaling.estimate.memory import MemoryModel
+from scaling.estimate.results import MemoryEstimate, TimeEstimate
 from scaling.estimate.search import Candidate, Found, Rejected, known
+from scaling.estimate.time import estimate_time
+from scaling.groups import Group
+from scaling.hardware import Cluster, gpu_from_device_name
+from scaling.records import BatchPlan
 from scaling.spec import Spec
 
 SCHEMA_VERSION = 1
@@ -42,7 +52,7 @@ def report(spec: Spec, found: Found, margin: float) -> dict[str, Any]:
 
 def candidate_report(candidate: Candidate) -> dict[str, Any]:
     """One candidate."""
-    memory, duration, plan = candidate.memory, candidate.time, candidate.plan
+    plan = candidate.plan
     return {
         "backend": candidate.spec.backend.model_dump(),
         "activation_checkpointing": candidate.spec.activation_checkpointing,
@@ -51,23 +61,49 @@ def candidate_report(candidate: Candidate) -> dict[str, Any]:
         "global_batch_size": plan.global_batch,
         "fits": candidate.fits,
         "reason": candidate.reason,
-        "memory": {
-            "peak_allocated_bytes": memory.peak_allocated_bytes,
-            "peak_reserved_bytes": memory.peak_reserved_bytes,
-            "device_used_bytes": memory.device_used_bytes,
-            "low_bytes": memory.low_bytes,
-            "high_bytes": memory.high_bytes,
-            "peak_phase": memory.peak_phase,
-            "parts": dict.fromkeys(PARTS, 0) | memory.parts,
-            "host_bytes": memory.host_bytes,
-        },
-        "time": {
-            "step_seconds": known(duration.step_seconds),
-            "tokens_per_second_per_gpu": known(duration.tokens_per_second_per_gpu),
-            "mfu": known(duration.mfu),
-            "parts": {name: known(duration.parts.get(name, 0.0)) for name in PHASES},
-        },
+        "memory": memory_report(candidate.memory),
+        "time": time_report(candidate.time),
         "set": candidate.changes,
+    }
+
+
+def memory_report(memory: MemoryEstimate) -> dict[str, Any]:
+    """Bytes of one rank."""
+    return dataclasses.asdict(memory) | {"parts": dict.fromkeys(PARTS, 0) | memory.parts}
+
+
+def time_report(duration: TimeEstimate) -> dict[str, Any]:
+    """Seconds of one step."""
+    return {
+        "step_seconds": known(duration.step_seconds),
+        "tokens_per_second_per_gpu": known(duration.tokens_per_second_per_gpu),
+        "mfu": known(duration.mfu),
+        "parts": {name: known(duration.parts.get(name, 0.0)) for name in PHASES},
+    }
+
+
+def run_report(
+    spec: Spec, plan: BatchPlan, groups: Sequence[Group], rendered: dict[str, Any], device: str, ranks_per_node: int
+) -> dict[str, Any]:
+    """The estimate of one run as it is launched: its plan.json. `device`: "cpu", or as the driver calls the card.
+
+    "time" is null where the card or one of its rates is not known; on a CPU memory is that of live tensors.
+    """
+    gpu, cuda = gpu_from_device_name(device), device != "cpu"
+    memory = MemoryModel(spec, groups, rendered, plan, gpu, cuda=cuda).at(plan.micro_batch, plan.accumulation)
+    duration = None
+    if gpu is not None and ranks_per_node > 0 and plan.world_size % ranks_per_node == 0:
+        cluster = Cluster(plan.world_size // ranks_per_node, ranks_per_node, gpu)
+        with suppress(UserError):
+            duration = time_report(estimate_time(spec, plan, groups, rendered, cluster))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "device": device,
+        "world_size": plan.world_size,
+        "micro_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "memory": memory_report(memory),
+        "time": duration,
     }
 
 
