@@ -37,8 +37,8 @@ class _Hooked(Leaf):
     def take(self, gradient: Storage) -> None:
         super().take(gradient)
         self.hook(self)
-        if self.grad is gradient and gradient.label.category == "workspace":
-            gradient.label.category = "gradients"
+        if self.grad is gradient and gradient.category == "workspace":
+            gradient.rename("gradients")
 
 
 class _Group:

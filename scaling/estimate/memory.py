@@ -26,6 +26,9 @@ MICRO = (8, 16)
 """Micro-batches that are played."""
 BLOCKS = (3, 4)
 """Numbers of blocks that are played for more."""
+PROBES = (1, 4, 16, 64, 1024)
+"""Micro-batches for which the highest moment of each stretch is looked for; for others it is one of the same, or so
+near that it does not matter."""
 
 FRAGMENTS_LOW, FRAGMENTS, FRAGMENTS_HIGH = 1.03, 1.08, 1.12
 """Reserved over allocated where memory is short. Engineering judgement from published pairs: 1.03 to 1.12 where the
@@ -162,19 +165,19 @@ class _Curve:
 
     def _line(self, values: Sequence[int]) -> tuple[float, float]:
         """Base and slope over the micro-batch."""
-        low, high = self._grown(values)
-        slope = (high - low) / (MICRO[1] - MICRO[0])
-        return low - slope * MICRO[0], slope
+        return _through(*self._grown(values))
 
     def _all(self) -> Iterator[_Moment]:
+        """Moments that are the highest of their stretch of the step, for some micro-batch."""
         totals = [list(accumulate(tape.changes, initial=0)) for tape in self._tapes]
         runs = [_runs(tape) for tape in self._tapes]
         for tracks in zip(*runs, strict=True):
             phase = tracks[0][0]
             for segments in _aligned([segments for _, segments in tracks]):
-                for places in _places(segments, totals):
-                    values = [total[place] for total, place in zip(totals, places, strict=True)]
-                    yield _Moment(*self._line(values), places, phase)
+                starts, columns = _columns(segments, totals)
+                grown = [self._grown(values) for values in zip(*columns, strict=True)]
+                for index in _tops(grown):
+                    yield _Moment(*_through(*grown[index]), tuple(start + index for start in starts), phase)
 
 
 @dataclass(frozen=True)
@@ -242,16 +245,33 @@ def _aligned(tracks: Sequence[list[tuple[int, int]]]) -> Iterator[list[tuple[int
         yield [track[place] for track in tracks]
 
 
-def _places(segments: Sequence[tuple[int, int]], totals: Sequence[list[int]]) -> Iterator[tuple[int, ...]]:
-    """Moments of segments, side by side; where they differ in length, the highest of each."""
-    if len({end - start for start, end in segments}) == 1:
-        for offset in range(segments[0][1] - segments[0][0] + 1):
-            yield tuple(start + offset for start, _ in segments)
-    else:
-        yield tuple(
-            max(range(start, end + 1), key=total.__getitem__)
-            for (start, end), total in zip(segments, totals, strict=True)
-        )
+def _columns(segments: Sequence[tuple[int, int]], totals: Sequence[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """Where segments begin, and what is alive on each tape from there on; where they differ in length, at the highest
+    of each alone.
+    """
+    columns = [total[start : end + 1] for (start, end), total in zip(segments, totals, strict=True)]
+    starts = [start for start, _ in segments]
+    if len({len(column) for column in columns}) == 1:
+        return starts, columns
+    highest = [max(column) for column in columns]
+    starts = [start + column.index(top) for start, column, top in zip(starts, columns, highest, strict=True)]
+    return starts, [[top] for top in highest]
+
+
+def _tops(grown: Sequence[tuple[int, int]]) -> set[int]:
+    """Which moments are the highest for one of PROBES."""
+    found: set[int] = set()
+    for micro in PROBES:
+        share = (micro - MICRO[0]) / (MICRO[1] - MICRO[0])
+        values = [low + (high - low) * share for low, high in grown]
+        found.add(values.index(max(values)))
+    return found
+
+
+def _through(low: int, high: int) -> tuple[float, float]:
+    """Base and slope of the line through what MICRO take."""
+    slope = (high - low) / (MICRO[1] - MICRO[0])
+    return low - slope * MICRO[0], slope
 
 
 def _highest(moments: Iterator[_Moment]) -> list[_Moment]:

@@ -24,7 +24,7 @@ class Tape:
         self.rounding = rounding
         self.changes: list[int] = []
         """Bytes more, or less, one after the other."""
-        self.labels: list[Label] = []
+        self.categories: list[str] = []
         """Of each change: what it is of."""
         self.marks: list[tuple[int, str]] = [(0, "other")]
         """(index of a change, phase): from there on."""
@@ -62,8 +62,8 @@ class Tape:
     def parts(self, place: int) -> dict[str, int]:
         """Bytes by category after so many changes."""
         found: Counter[str] = Counter()
-        for label, more in zip(self.labels[:place], self.changes, strict=False):
-            found[label.category] += more
+        for category, more in zip(self.categories[:place], self.changes, strict=False):
+            found[category] += more
         return {category: count for category, count in found.items() if count}
 
     @contextmanager
@@ -76,35 +76,32 @@ class Tape:
         self.category = before[1]
 
 
-class Label:
-    """What a storage is of; it may turn out later, and is then taken to have been so always."""
-
-    __slots__ = ("category",)
-
-    def __init__(self, category: str) -> None:
-        self.category = category
-
-
 class Storage:
     """Memory of one or more tensors; gone when nobody refers to it any more."""
 
-    __slots__ = ("bytes", "label", "tape")
+    __slots__ = ("born", "bytes", "category", "tape")
 
     def __init__(self, tape: Tape, count: int, category: str | None = None) -> None:
         self.tape = tape
-        self.label = Label(category or tape.category)
-        self.bytes = 0
-        self.resize(count)
+        self.category = category = category or tape.category
+        self.bytes = count = -(-count // tape.rounding) * tape.rounding
+        self.born = len(tape.changes)
+        tape.changes.append(count)
+        tape.categories.append(category)
 
     def __del__(self) -> None:
         self.tape.changes.append(-self.bytes)
-        self.tape.labels.append(self.label)
+        self.tape.categories.append(self.category)
 
     def resize(self, count: int) -> None:
         """Be of another size, for all who refer to it: FSDP2 frees what it gathered in this way."""
         before, self.bytes = self.bytes, -(-count // self.tape.rounding) * self.tape.rounding
         self.tape.changes.append(self.bytes - before)
-        self.tape.labels.append(self.label)
+        self.tape.categories.append(self.category)
+
+    def rename(self, category: str) -> None:
+        """Be of another category, and have been so always. Not for what was resized."""
+        self.category = self.tape.categories[self.born] = category
 
 
 Gradients = Sequence[Storage | None]
@@ -163,8 +160,8 @@ class Leaf(Node):
         """Keep a gradient, or add it to the one that is there."""
         if self.grad is None:
             self.grad = gradient
-            if self.category is not None and gradient.label.category == "workspace":
-                gradient.label.category = self.category
+            if self.category is not None and gradient.category == "workspace":
+                gradient.rename(self.category)
 
     def _take(self, gradient: Storage, _: list[Storage]) -> Gradients:
         self.take(gradient)
