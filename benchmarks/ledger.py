@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,25 @@ def main() -> int:
     options = _parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cells = list(draw(options.configurations, options.seed, options.backends.split(","), Path(folder)))
-        rows = []
-        for row in compare(cells):
-            print(
-                row["error"] if "error" in row else f"{row['off']:+.3%}  worst part {row['worst_part']:.3%}", end="  "
-            )
-            print(row["name"], flush=True)
-            rows.append(row)
+        shares = [cells[first :: options.jobs] for first in range(options.jobs)]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            rows = [row for found in pool.map(_compare, shares) for row in found]
+    rows.sort(key=lambda row: int(row["name"].partition(" ")[0]))
     result = summary(rows)
     print(json.dumps(result))
     if options.out:
         document = {"seed": options.seed, "environment": environment(1, "cpu"), **result, "rows": rows}
         Path(options.out).write_text(json.dumps(document, indent=1) + "\n")
     return 0 if result["good"] else 1
+
+
+def _compare(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for row in compare(cells):
+        told = row["error"] if "error" in row else f"{row['off']:+.3%}  worst part {row['worst_part']:.3%}"
+        print(f"{told}  {row['name']}", flush=True)
+        rows.append(row)
+    return rows
 
 
 def compare(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -106,12 +113,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The errors over all rows."""
     off = [abs(row["off"]) for row in rows if "error" not in row]
     failed = sum("error" in row for row in rows)
+    backends = sorted({row["name"].split()[1] for row in rows})
     found = {
         "configurations": len(rows),
         "failed": failed,
         "median": statistics.median(off),
         "worst": max(off),
         "worst_part": max(row["worst_part"] for row in rows if "error" not in row),
+        "by_backend": {
+            name: max(abs(row["off"]) for row in rows if "off" in row and row["name"].split()[1] == name)
+            for name in backends
+            if any("off" in row and row["name"].split()[1] == name for row in rows)
+        },
     }
     good = not failed and found["median"] <= MEDIAN and found["worst"] <= WORST and found["worst_part"] <= PART
     return {**found, "good": good}
@@ -182,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--configurations", type=int, default=200)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--backends", default=",".join(BACKENDS), help=f"of {','.join(BACKENDS)}")
+    parser.add_argument("--jobs", type=int, default=1, help="rehearsals at a time")
     parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
     return parser
 

@@ -141,10 +141,16 @@ class ZeRO12(_Flat):
         self.current = self.filled = 0
         self.waiting: list[_Hooked] = []
         self.in_partition: Storage | None = None
+        self.accumulation = plan.accumulation
         super().__init__(ops, spec, groups, rendered, plan)
         self.accumulates = self.stage == 1 and self.width != FLOAT
         """`use_grad_accum_attribute`: fp32 gradients of whole parameters."""
         self.buffer_width = FLOAT if self.accumulates else self.width
+
+    def make_gradients(self) -> None:
+        if self.offloads and not self.compact and self.accumulation > 1:  # those of earlier micro-steps
+            total = sum(leaf.elements for leaf in self.leaves_here())
+            self.host.append(self.ops.held(total, FLOAT, "gradients", on_host=True))
 
     @property
     def compact(self) -> bool:
@@ -186,7 +192,7 @@ class ZeRO12(_Flat):
                 leaf.grad = leaf.grad if self.stage == 1 else None
             elif self.offloads:
                 if self.compact and self.last:  # to the host, its norm taken before
-                    exact = Storage(self.tape, DOUBLE * here)
+                    exact = Storage(self.tape, DOUBLE * here, "gradients")
                     leaf.grad = None
                     del exact
             elif not self.compact:
