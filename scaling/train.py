@@ -19,6 +19,7 @@ from scaling.redact import redacted
 from scaling.run import Job, Resume, device_name, resolve, run
 from scaling.run_folder import LogFormatter, RunLock, environment, log_to, open_run_folder, write_exit, write_json
 from scaling.spec import load_spec
+from scaling.units import format_bytes, format_seconds
 from scaling.view import as_text, batch_line, groups_table
 from scaling.watch.outcome import Outcome
 from scaling.watch.peers import is_lost_peer
@@ -59,11 +60,13 @@ def _train(job: Job, options: Namespace) -> int:
         try:
             with process_from_environment(max(limits.values()) + _WATCHDOG_FIRST_S) as process:
                 _start_logging(process)
+                predicted = _predicted(job, process) if process.is_main else {}
                 if folder is not None:
-                    if lock := _open_run_folder(folder, job, process, options.resume):
+                    if lock := _open_run_folder(folder, job, process, options.resume, predicted):
                         held.enter_context(closing(lock))
                     watch.open(folder, _name_attempt(process), process.world_size)
-                _show(job, process)
+                if process.is_main:
+                    _show(job, process, predicted)
                 try:
                     step = _run_guarded(job, process, folder, options, watch, stop)
                 finally:
@@ -231,7 +234,9 @@ def _start_logging(process: "Process") -> None:
         logger.addHandler(handler)
 
 
-def _open_run_folder(folder: Path, job: Job, process: "Process", resume: str) -> RunLock | None:
+def _open_run_folder(
+    folder: Path, job: Job, process: "Process", resume: str, predicted: dict[str, Any]
+) -> RunLock | None:
     """Rank 0 makes the folder, or enters it, and returns its lock; where it cannot, every rank raises the same."""
 
     def enter() -> RunLock:
@@ -239,7 +244,7 @@ def _open_run_folder(folder: Path, job: Job, process: "Process", resume: str) ->
         write_json(folder / "spec.json", job.spec.to_json())
         write_json(folder / "rendered.json", job.rendered)
         write_json(folder / "environment.json", environment(process.world_size, device_name(process)))
-        write_json(folder / "plan.json", _predicted(job, process))
+        write_json(folder / "plan.json", predicted)
         return lock
 
     lock = process.on_main(enter)
@@ -254,7 +259,7 @@ def _predicted(job: Job, process: "Process") -> dict[str, Any]:
     return run_report(job.spec, job.plan, job.groups, job.rendered, device_name(process), per_node)
 
 
-def _show(job: Job, process: "Process") -> None:
+def _show(job: Job, process: "Process", predicted: dict[str, Any]) -> None:
     spec = job.spec
     logger.info(f"{spec.name}: {spec.backend.kind} on {process.world_size} x {device_name(process)}, {spec.precision}")
     logger.info(batch_line(job.plan))
@@ -263,6 +268,11 @@ def _show(job: Job, process: "Process") -> None:
     for name in empty_groups(spec.param_groups, job.groups):
         logger.info(f"group {name!r} is empty: earlier rules took all that it matches; dropped")
     logger.info(as_text(groups_table(job.groups)).rstrip())
+    memory, duration = predicted["memory"], predicted["time"]
+    peak = (
+        f"predicted: {format_bytes(memory['peak_allocated_bytes'])} of tensors at the peak, in {memory['peak_phase']}"
+    )
+    logger.info(peak + (f"; {format_seconds(duration['step_seconds'])} a step" if duration else ""))
 
 
 if __name__ == "__main__":
