@@ -123,14 +123,10 @@ def unusable(work: Path, _options: argparse.Namespace) -> list[Row]:
         with _mounted(work / "half" / CHECKPOINTS, "1m"):
             subprocess.run(["mount", "-o", "remount,ro", str(work / "half" / CHECKPOINTS)], check=True)
             row.trial(_refusal(runs.training("single", 1, work / "half", SETTINGS), work / "out"))
-    if os.geteuid() == 0:
-        (work / "mine").mkdir(mode=0o755)
-        os.chmod(work, 0o755)
-        user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-        row.trial(_refusal([*user, *runs.training("single", 1, work / "mine" / "run", SETTINGS)], work / "out"))
-    else:
-        (work / "mine").mkdir(mode=0o555)
-        row.trial(_refusal(runs.training("single", 1, work / "mine" / "run", SETTINGS), work / "out"))
+    (work / "mine").mkdir(mode=0o555)
+    # What makes root write wherever it likes is taken from it; another user might not reach this interpreter.
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    row.trial(_refusal([*drop, *runs.training("single", 1, work / "mine" / "run", SETTINGS)], work / "out"))
     return [row]
 
 
