@@ -31,6 +31,50 @@ _PCIE3, _PCIE4, _PCIE5 = (rate * 1e9 * 16 * 128 / 130 / 8 for rate in (8, 16, 32
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a card was measured to sustain on a machine (`python -m scaling.calibrate`). None: not measured.
+
+    The planner takes these rates as they are. From the peaks of a `GPU`, which stay what they are beside it (MFU is
+    of a peak), it makes rates by factors, of which none applies here.
+    """
+
+    device: str | None = None
+    """What was measured: the card's name in full, or the processor's."""
+    device_type: Literal["cuda", "cpu"] | None = None
+    """torch's. "cpu": what stands for a GPU is a process on its share of the processor's cores."""
+    bf16_matmul_flops: float | None = None
+    """Large matrix products, FLOP/s."""
+    fp16_matmul_flops: float | None = None
+    fp32_matmul_flops: float | None = None
+    bf16_attention_flops: float | None = None
+    """Forward pass of torch's attention, long sequences without a mask, FLOP/s."""
+    fp16_attention_flops: float | None = None
+    fp32_attention_flops: float | None = None
+    hbm_bytes_per_s: float | None = None
+    """The device's own memory, read and written together; of a CPU its host memory."""
+    host_bytes_per_s: float | None = None
+    """Between pinned host memory and the device, the slower direction, all GPUs of the node at once."""
+    all_gather_bytes_per_s: float | None = None
+    """Bus bandwidth within a node: (n - 1)/n of the gathered bytes over the time that n ranks took."""
+    all_reduce_bytes_per_s: float | None = None
+    """The same of an all-reduce: 2 (n - 1)/n of its bytes over the time."""
+    network_bytes_per_s: float | None = None
+    """Bus bandwidth of an all-gather over several nodes, divided by the ranks of a node: each one's share."""
+
+    def matmul_flops(self, precision: Literal["bf16", "fp16", "fp32"]) -> float | None:
+        """Of matrix products at `precision`."""
+        return {"bf16": self.bf16_matmul_flops, "fp16": self.fp16_matmul_flops, "fp32": self.fp32_matmul_flops}[
+            precision
+        ]
+
+    def attention_flops(self, precision: Literal["bf16", "fp16", "fp32"]) -> float | None:
+        """Of attention's forward pass at `precision`."""
+        return {
+            "bf16": self.bf16_attention_flops, "fp16": self.fp16_attention_flops, "fp32": self.fp32_attention_flops
+        }[precision]  # fmt: skip
+
+
+@dataclass(frozen=True)
 class GPU:
     """One kind of GPU. None: no source known here."""
 
@@ -59,6 +103,13 @@ class GPU:
     sequences, heads of 128."""
     fp32_flops: float | None = None
     """Peak of fp32 matrix products without tensor cores, as torch computes them unless told otherwise, FLOP/s."""
+    measured: Measured = Measured()
+    """Rates that go before those above; of the cards in the table here nothing was measured."""
+
+    @property
+    def is_cpu(self) -> bool:
+        """A process on a CPU stands in for it."""
+        return self.measured.device_type == "cpu"
 
     def peak_flops(self, precision: Literal["bf16", "fp16", "fp32"]) -> float | None:
         """Dense matmul peak in FLOP/s at `precision`, the denominator of MFU; None where it is not known."""
@@ -375,11 +426,16 @@ def find_gpu(name: str) -> GPU:
     )
 
 
+CALIBRATION = "calibration"
+"""The key under which a `--hardware` file says where its rates come from."""
+
+
 def load_hardware(path: Path | str) -> GPU:
     """The GPU that a JSON file describes, an object with the fields of `GPU`: `--hardware FILE.json`.
 
-    Only `name` must be there; what is missing is not known, hence None. Raises UserError where the file cannot be
-    read, for an unknown key (naming the nearest known one) and for a value that no such field can have.
+    Only `name` must be there; what is missing is not known, hence None. An object "calibration", in which
+    `scaling.calibrate` says how it measured, is not looked into. Raises UserError where the file cannot be read, for an
+    unknown key (naming the nearest known one) and for a value that no such field can have.
     """
     try:
         found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -397,18 +453,24 @@ def load_hardware(path: Path | str) -> GPU:
     if problems:
         raise UserError("\n".join(problems))
     arguments: dict[str, Any] = {one.name: None for one in fields(GPU) if one.default is MISSING}
-    arguments |= values
+    arguments |= {key: value for key, value in values.items() if key != CALIBRATION}
     arguments["device_names"] = tuple(values.get("device_names", ()))
+    arguments["measured"] = Measured(**cast("dict[str, Any]", values.get("measured") or {}))
     return GPU(**arguments)
 
 
 def _hardware_problems(values: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the fields of a `--hardware` file, a message each."""
-    known = [one.name for one in fields(GPU)]
+    known = [*(one.name for one in fields(GPU)), CALIBRATION]
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             yield f"`--hardware` must have keys of the GPU table only, but has {_short(key)}; did you mean {near!r}?"
+        elif key in ("measured", CALIBRATION):
+            if value is not None and not isinstance(value, dict):
+                yield f"`{key}` must be an object or null, but is {_short(str(value))}; correct it or drop it"
+            elif key == "measured":
+                yield from _measured_problems(cast("dict[str, Any]", value or {}))
         elif key == "name":
             if not isinstance(value, str) or not value:
                 yield f"`name` must be a text, but is {_short(str(value))}; give the card a name"
@@ -424,6 +486,26 @@ def _hardware_problems(values: dict[str, Any]) -> Iterator[str]:
     size = values.get("memory_bytes")
     if isinstance(size, float) and _is_rate(size) and not size.is_integer():
         yield f"`memory_bytes` must be a whole number, but is {size}; give bytes, not GiB"
+
+
+def _measured_problems(values: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with what a `--hardware` file calls measured."""
+    known = [one.name for one in fields(Measured)]
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            yield f"`measured` must have keys that calibrate writes only, but has {_short(key)}; did you mean {near!r}?"
+        elif value is None:
+            continue
+        elif key == "device_type":
+            if value not in ("cuda", "cpu"):
+                yield f'`measured.device_type` must be "cuda" or "cpu", but is {_short(str(value))}; correct it'
+        elif key == "device":
+            if not isinstance(value, str):
+                yield f"`measured.device` must be a text, but is {_short(str(value))}; correct it or drop it"
+        elif not _is_rate(value):
+            given = _short(str(value))
+            yield f"`measured.{key}` must be a positive number or null, but is {given}; correct it or drop it"
 
 
 def _is_rate(value: object) -> bool:

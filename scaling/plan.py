@@ -182,7 +182,7 @@ def _show(spec: Spec, found: Found, options: Namespace) -> None:
     if best is not None and not options.as_written:
         print(f"best: {_words(best)}: {best.reason}")
         print("  " + (" ".join(f"--set {shlex.quote(flag)}" for flag in flags(best.changes)) or "as the spec stands"))
-    if chosen is not None and (line := _length_line(spec, chosen, options.usd_per_gpu_hour)):
+    if chosen is not None and (line := _length_line(spec, chosen, found.cluster.gpu, options.usd_per_gpu_hour)):
         print(line)
     if options.explain and (explained := chosen or next(iter(found.candidates), None)):
         for sheet in _ledger(explained):
@@ -198,12 +198,20 @@ def _head(spec: Spec, found: Found, margin: float) -> list[str]:
     total = sum(group.parameters for group in found.groups)
     trained = sum(group.parameters for group in found.groups if not group.frozen)
     usable = "n/a" if found.usable_bytes is None else f"{found.usable_bytes / GiB:.1f} GiB"
+    gpu = found.cluster.gpu
     lines = [
         f"{spec.name} on {found.cluster.name}: {format_count(total)} parameters, {format_count(trained)} train, "
         f"sequences of {spec.data.sequence_length:,} tokens, {spec.precision}",
-        f"usable memory of each GPU: {usable} ({margin:.0%} left free)".replace("%", " %")
+        f"usable memory of each {_unit(gpu)}: {usable} ({margin:.0%} left free)".replace("%", " %")
         + "; all figures below are predicted, none is measured",
     ]
+    if gpu.is_cpu:
+        lines.append(
+            f"{gpu.name} is no GPU: memory is that of tensors alone; the rates behind the times were measured on "
+            f"{gpu.measured.device}, but latencies and what small products lose are estimated as for a GPU"
+        )
+    elif gpu.measured.device is not None:
+        lines.append(f"the rates behind the times were measured on {gpu.measured.device}")
     if found.as_written is not None:
         verdict = {True: "fits", False: "does not fit", None: "n/a"}[found.as_written.fits]
         lines.append(f"as written: {_words(found.as_written)}: {verdict}, {found.as_written.reason}")
@@ -214,7 +222,13 @@ def _head(spec: Spec, found: Found, margin: float) -> list[str]:
     return lines
 
 
+def _unit(gpu: GPU) -> str:
+    """What a rank runs on, in headings."""
+    return "CPU rank" if gpu.is_cpu else "GPU"
+
+
 def _ranking(found: Found, top: int) -> Sheet:
+    unit = _unit(found.cluster.gpu)
     fit = sum(candidate.fits is not False for candidate in found.candidates)
     rows: list[list[str | Bar]] = []
     for place, candidate in enumerate(found.candidates[:top], start=1):
@@ -232,7 +246,7 @@ def _ranking(found: Found, top: int) -> Sheet:
             ]
         )
     signs = ", ".join(f"{sign} {name}" for name, (sign, _) in PART_SIGNS.items())
-    heads = [">", "backend", "checkpointing", ">micro x accumulation", ">GiB", "memory", ">tokens/s/GPU", ">MFU"]
+    heads = [">", "backend", "checkpointing", ">micro x accumulation", ">GiB", "memory", f">tokens/s/{unit}", ">MFU"]
     title = f"{len(found.candidates)} candidates in {found.seconds:.2f} s, {fit} fit; {len(found.rejected)} rejected"
     return Sheet(title, [*heads, ">step"], rows, f"GiB: upper end of the band; memory: {signs}")
 
@@ -326,7 +340,8 @@ def _comparison(spec: Spec, results: Sequence[Found], usd: float | None) -> Shee
                 *_length(spec, best, ranks, usd),
             ]
         )
-    heads = ["machine", "best", ">micro x accumulation", ">GiB", ">tokens/s/GPU", ">tokens/s", ">hours", ">USD"]
+    unit = "rank" if any(found.cluster.gpu.is_cpu for found in results) else "GPU"
+    heads = ["machine", "best", ">micro x accumulation", ">GiB", f">tokens/s/{unit}", ">tokens/s", ">hours", ">USD"]
     return Sheet(f"the best of each machine; hours and cost to {_steps(spec)}", heads, rows)
 
 
@@ -361,7 +376,8 @@ def _costs(spec: Spec, cluster: Cluster, options: Namespace) -> Sheet:
                 _energy(spec, best, count, cluster.gpu),
             ]
         )
-    heads = ["GPUs", "best", ">micro x accumulation", ">tokens/s/GPU", ">hours", ">USD", ">kWh"]
+    unit = _unit(cluster.gpu)
+    heads = [f"{unit}s", "best", ">micro x accumulation", f">tokens/s/{unit}", ">hours", ">USD", ">kWh"]
     return Sheet(f"to {_steps(spec)}", heads, rows)
 
 
@@ -394,13 +410,13 @@ def _energy(spec: Spec, candidate: Candidate, gpus: int, gpu: GPU) -> str:
     return _figure(None if hours is None or watts is None else hours * gpus * watts / 1000, ",.0f")
 
 
-def _length_line(spec: Spec, candidate: Candidate, usd: float | None) -> str:
+def _length_line(spec: Spec, candidate: Candidate, gpu: GPU, usd: float | None) -> str:
     hours = _hours(spec, candidate)
     if hours is None:
         return ""
     gpus = candidate.plan.world_size
     cost = "" if usd is None else f", {hours * gpus * usd:,.0f} USD"
-    return f"{_steps(spec)}: {format_seconds(hours * 3600)}, {hours * gpus:,.1f} GPU hours{cost}"
+    return f"{_steps(spec)}: {format_seconds(hours * 3600)}, {hours * gpus:,.1f} {_unit(gpu)} hours{cost}"
 
 
 def _figure(value: float | None, form: str) -> str:

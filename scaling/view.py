@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
@@ -261,3 +262,27 @@ def _drawn_bar(bar: Bar) -> Text:
             sign, colour = PART_SIGNS.get(name, ("?", "white"))
             drawn.append(sign * count, f"black on {colour}")
     return drawn
+
+
+@contextmanager
+def progress(title: str) -> Generator[Callable[[str, int], None], None, None]:
+    """A bar over steps, on a terminal alone. Yields a function to call as each begins: its name, and how many there
+    are in all.
+    """
+    if not sys.stderr.isatty():
+        yield lambda name, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        begun = 0
+
+        def begin(name: str, total: int) -> None:
+            nonlocal begun
+            bar.update(task, description=f"{title}: {name}", completed=begun, total=total)
+            begun += 1
+
+        yield begin

@@ -243,6 +243,8 @@ def test_a_card_of_ones_own(capsys, tmp_path):
         "usable_bytes": 0,
         "memory_bytes": 48 * 2**30,
         "margin": 0.02,
+        "measured_on": None,
+        "is_cpu": False,
     }
     assert planned(capsys, "--spec", "gpt2-124m", "--hardware", str(path))["hardware"]["gpus_per_node"] == 1
     path.write_text(json.dumps({"name": "RTX box9"}))

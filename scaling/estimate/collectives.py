@@ -2,7 +2,8 @@
 
 A ring over n ranks sends (n - 1)/n of the whole message over each of its links, twice for an all-reduce. NCCL runs as
 many rings as a node has network cards, each leaving the node by its own, so that all ranks of a node in the group
-share the sum of their network bandwidths. Latencies are those with which NCCL itself chooses its algorithms.
+share the sum of their network bandwidths. Bandwidths that `GPU.measured` has are taken as they are, those of the table
+through the factors here. Latencies are those with which NCCL itself chooses its algorithms.
 """
 
 import math
@@ -69,11 +70,10 @@ def ring(cluster: Cluster, ranks: int, stride: int = 1) -> Ring:
     if ranks == 1:
         return Ring(1, 1, math.inf, math.inf)
     local, nodes = _places(cluster, ranks, stride)
-    within = _link(cluster.gpu, ranks) if local > 1 else math.inf
+    within = _gather_rate(cluster.gpu, ranks) if local > 1 else math.inf
     if nodes == 1:
-        return Ring(ranks, 1, LINK_EFFICIENCY * within, _switch(within, ranks))
-    share = known(cluster.gpu.network_bytes_per_s, cluster.gpu, "network_bytes_per_s", f"for {nodes} nodes")
-    bandwidth = min(LINK_EFFICIENCY * within, NETWORK_EFFICIENCY * local * share)
+        return Ring(ranks, 1, within, _reduce_rate(cluster.gpu, ranks))
+    bandwidth = min(within, local * _network_rate(cluster.gpu, nodes))
     return Ring(ranks, nodes, bandwidth, bandwidth)
 
 
@@ -86,6 +86,23 @@ def _places(cluster: Cluster, ranks: int, stride: int) -> tuple[int, int]:
         return (-(-ranks // 2), 2) if cut else (ranks, 1)
     local = max(1, cluster.gpus_per_node // stride)
     return local, -(-ranks // local)
+
+
+def _gather_rate(gpu: GPU, ranks: int) -> float:
+    """Bus bandwidth of an all-gather within a node."""
+    return gpu.measured.all_gather_bytes_per_s or LINK_EFFICIENCY * _link(gpu, ranks)
+
+
+def _reduce_rate(gpu: GPU, ranks: int) -> float:
+    """The same of an all-reduce."""
+    return gpu.measured.all_reduce_bytes_per_s or _switch(_link(gpu, ranks), ranks)
+
+
+def _network_rate(gpu: GPU, nodes: int) -> float:
+    """Bus bandwidth between nodes for each GPU of a node."""
+    if measured := gpu.measured.network_bytes_per_s:
+        return measured
+    return NETWORK_EFFICIENCY * known(gpu.network_bytes_per_s, gpu, "network_bytes_per_s", f"for {nodes} nodes")
 
 
 def _link(gpu: GPU, ranks: int) -> float:

@@ -1,4 +1,7 @@
-"""What one GPU sustains in training: rates that kernels achieve, where a data sheet has peaks."""
+"""What one GPU sustains in training: rates that kernels achieve, where a data sheet has peaks.
+
+What `GPU.measured` has is taken as it is; the factors here are for figures of data sheets and tables alone.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -46,14 +49,17 @@ class Rates:
 
 @cached
 def rates_of(gpu: GPU, precision: Precision) -> Rates:
-    """What `gpu` sustains at `precision`. Raises UserError where the table lacks what that needs."""
-    peak = gpu.fp32_flops if precision == "fp32" else gpu.peak_flops(precision)
-    field = f"{precision}_flops"
-    peak = known(peak, gpu, field, f"to plan in {precision}")
-    exact = precision == "fp32"
-    matmul = peak * MATMUL_RATIO if exact else gpu.matmul_flops or peak * _ratio(gpu)
-    hbm = known(gpu.hbm_bytes_per_s, gpu, "hbm_bytes_per_s", "to plan")
-    return Rates(SUSTAINED * matmul, _attention(gpu, peak, exact=exact), HBM_EFFICIENCY * hbm, WIDTHS[precision])
+    """What `gpu` sustains at `precision`: as it was measured, without any factor, else made from its peaks.
+
+    Raises UserError where the table lacks what that needs.
+    """
+    return Rates(_matmul(gpu, precision), _attention(gpu, precision), _hbm(gpu), WIDTHS[precision])
+
+
+def host_rate(gpu: GPU) -> float:
+    """Bytes/s between `gpu` and its host in one direction; UserError where it is not known."""
+    rate = gpu.measured.host_bytes_per_s or gpu.host_bytes_per_s
+    return known(rate, gpu, "host_bytes_per_s", "to plan offloading")
 
 
 def known(value: float | None, gpu: GPU, field: str, purpose: str) -> float:
@@ -66,6 +72,24 @@ def known(value: float | None, gpu: GPU, field: str, purpose: str) -> float:
     return value
 
 
+def _peak(gpu: GPU, precision: Precision) -> float:
+    peak = gpu.fp32_flops if precision == "fp32" else gpu.peak_flops(precision)
+    return known(peak, gpu, f"{precision}_flops", f"to plan in {precision}")
+
+
+def _matmul(gpu: GPU, precision: Precision) -> float:
+    if measured := gpu.measured.matmul_flops(precision):
+        return measured
+    peak = _peak(gpu, precision)
+    return SUSTAINED * (peak * MATMUL_RATIO if precision == "fp32" else gpu.matmul_flops or peak * _ratio(gpu))
+
+
+def _hbm(gpu: GPU) -> float:
+    return gpu.measured.hbm_bytes_per_s or HBM_EFFICIENCY * known(
+        gpu.hbm_bytes_per_s, gpu, "hbm_bytes_per_s", "to plan"
+    )
+
+
 def _ratio(gpu: GPU) -> float:
     """Matmul measured over peak, of a card of the same family ("A100-40GB" is of the family A100)."""
     family = gpu.name.split("-")[0]
@@ -75,8 +99,11 @@ def _ratio(gpu: GPU) -> float:
     return MATMUL_RATIO
 
 
-def _attention(gpu: GPU, peak: float, *, exact: bool) -> float:
-    if exact or gpu.bf16_flops is None:
+def _attention(gpu: GPU, precision: Precision) -> float:
+    if measured := gpu.measured.attention_flops(precision):
+        return measured
+    peak = _peak(gpu, precision)
+    if precision == "fp32" or gpu.bf16_flops is None:
         return OTHER_ATTENTION_RATIO * peak
     wide = WIDE_ATTENTION_RATIO if peak > WIDE_CORES_FLOPS else ATTENTION_RATIO
     return gpu.attention_flops or wide * peak

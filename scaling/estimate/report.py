@@ -41,6 +41,8 @@ def report(spec: Spec, found: Found, margin: float) -> dict[str, Any]:
             "usable_bytes": found.usable_bytes,
             "memory_bytes": found.cluster.gpu.memory_bytes,
             "margin": margin,
+            "measured_on": found.cluster.gpu.measured.device,
+            "is_cpu": found.cluster.gpu.is_cpu,
         },
         "as_written": None if found.as_written is None else candidate_report(found.as_written),
         "candidates": [candidate_report(candidate) for candidate in found.candidates],

@@ -317,7 +317,7 @@ def _estimated(
         plan = resolve_batch(spec, cluster.world_size)
         rendered = render(spec, cluster.world_size)
         if model is None:
-            model = MemoryModel(spec, groups, rendered, plan, cluster.gpu)
+            model = MemoryModel(spec, groups, rendered, plan, cluster.gpu, cuda=not cluster.gpu.is_cpu)
         memory = model.at(plan.micro_batch, plan.accumulation)
         duration = estimate_time(spec, plan, groups, rendered, cluster)
         fits = None if usable is None else memory.high_bytes <= usable

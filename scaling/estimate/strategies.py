@@ -23,7 +23,7 @@ from scaling.estimate.caching import cached
 from scaling.estimate.collectives import Ring, ring
 from scaling.estimate.compute import Passes
 from scaling.estimate.flops import Block, Structure
-from scaling.estimate.rates import Rates, known
+from scaling.estimate.rates import Rates, host_rate
 from scaling.hardware import Cluster
 from scaling.inventory import parameters
 from scaling.records import BatchPlan
@@ -307,8 +307,7 @@ def _modules(model: Decoder) -> int:
 
 def _copies(step: Step, size: float, *, disk: bool = False) -> float:
     """Exposed time of `size` bytes between device and host in one micro-step, beside its computation."""
-    gpu = step.cluster.gpu
-    rate = known(gpu.host_bytes_per_s, gpu, "host_bytes_per_s", "to plan offloading")
+    rate = host_rate(step.cluster.gpu)
     seconds = size / rate
     if disk:
         seconds = max(seconds, size / (NVME_BYTES_PER_S / _local_ranks(step)))
@@ -317,8 +316,7 @@ def _copies(step: Step, size: float, *, disk: bool = False) -> float:
 
 def _host_update(step: Step, place: str | None, share: float) -> float:
     """DeepSpeed's update on the host, and the new parameters' way to the device; from and to disk for nvme."""
-    gpu = step.cluster.gpu
-    rate = known(gpu.host_bytes_per_s, gpu, "host_bytes_per_s", "to plan offloading")
+    rate = host_rate(step.cluster.gpu)
     seconds = (ADAM_BYTES + NORM_BYTES + ZERO_BYTES) * share / _host_memory(step) + 4 * share / rate
     if place == "nvme":  # master and moments there and back
         seconds += 2 * 12 * share / (NVME_BYTES_PER_S / _local_ranks(step))
