@@ -18,7 +18,7 @@ class RoughMemory:
     made = 0
     """How many there were."""
 
-    def __init__(self, spec, groups, rendered, plan, gpu):
+    def __init__(self, spec, groups, rendered, plan, gpu, *, cuda=True):
         RoughMemory.made += 1
         self.spec, self.plan = spec, plan
         offloaded = "offload" in str(spec.backend.model_dump(exclude_defaults=True))
