@@ -99,7 +99,11 @@ def test_the_band_and_what_is_around():
 
 
 def test_compiled_blocks_keep_less():
+    """The gate after its non-linearity is made again; what matrix products want is kept (test_compiled_ledger.py)."""
     eager, compiled = (
-        model_of("gpt2-124m", "fsdp", f"compile={c}")[0].at(16, 1).parts["activations"] for c in ("false", "true")
+        model_of("llama-8b", "fsdp", f"compile={c}", "activation_checkpointing=none")[0].at(1, 1)
+        for c in ("false", "true")
     )
-    assert 0.5 * eager < compiled < 0.85 * eager
+    model = load_spec("llama-8b").model
+    gates = 2 * model.num_hidden_layers * model.intermediate_size * load_spec("llama-8b").data.sequence_length
+    assert eager.parts["activations"] - compiled.parts["activations"] == gates

@@ -197,6 +197,10 @@ class PlayedDecoder:
             logits = ops.new(count * vocabulary, FLOAT) if ops.shape.width != FLOAT else half
             del half
             mask, safe = ops.new(count, 1), ops.new(count, LONG)
+            # logsumexp subtracts the maxima into another tensor (torch/_refs/__init__.py); what is counted on a CPU are
+            # tensors that Python sees, on a GPU all that is allocated.
+            apart = ops.new(count * vocabulary, FLOAT) if ops.cuda else None
+            del apart
             normaliser, picked = ops.new(count, FLOAT), ops.new(count, FLOAT)
             if not kept:
                 continue

@@ -38,7 +38,11 @@ class Ops:
         """Not 0: every size is to grow evenly with the micro-batch, the loss in so many chunks, 3 for more; and moments
         between two blocks are marked."""
         self.compiled = False
-        """Within a compiled block: what is pointwise is made again in the backward pass, not kept."""
+        """Within a compiled block: a pointwise result that only pointwise operations want back is made again.
+
+        What a matrix product wants is kept all the same: torch/_functorch/partitioners.py never repeats what it would
+        have to write to memory (`is_materialized_backwards`). Of the models here that leaves silu(gate) alone.
+        """
         self.read: Callable[[str], Value]
         """The parameter of this name as the forward pass sees it."""
         self.frame: Frame | None = None
@@ -151,19 +155,14 @@ class Ops:
         weight = self.read(f"{name}.weight")
         extra = self.read(f"{name}.bias") if bias else None
         rows = inputs.elements // (weight.elements // outputs)
-        saved = [inputs.storage] if (weight.node or self.zero3_linear) and not inputs.cheap else []
+        saved = [inputs.storage] if weight.node or self.zero3_linear else []
         saved += [weight.storage] if inputs.node or self.zero3_linear else []
 
         sizes = self.wanted((extra, inputs, weight), (outputs, inputs.elements, weight.elements))
-        again = inputs.elements if weight.node and inputs.cheap else 0
-
-        def run(_: Storage, __: list[Storage]) -> Gradients:
-            remade = self.new(again) if again else None
-            found = self.made(sizes)
-            del remade
-            return found
-
-        make = lambda: self.kept(rows * outputs)  # noqa: E731
+        run = lambda *_: self.made(sizes)  # noqa: E731
+        # Nothing wants a block's last product back, and a compiled block knows it.
+        spared = self.compiled and name.endswith(".down_proj")
+        make = lambda: (self.new if spared else self.kept)(rows * outputs)  # noqa: E731
         return self.result(rows * outputs, [extra, inputs, weight], saved, run, make)
 
     def layer_norm(self, name: str, inputs: Value, columns: int, bias: bool) -> Value:
@@ -177,7 +176,7 @@ class Ops:
 
         sizes = self.wanted((inputs, weight, extra), (inputs.elements, columns, columns))
         run = lambda *_: self.made(sizes)  # noqa: E731
-        return self.result(inputs.elements, [inputs, weight, extra], saved, run, out, pointwise=True)
+        return self.result(inputs.elements, [inputs, weight, extra], saved, run, out)
 
     def attention(self, query: Value, key: Value, value: Value, heads: int) -> Value:
         """Flash attention, fused: keeps its inputs, its result and the log-sum-exp of each row in fp32."""
@@ -240,7 +239,7 @@ class Ops:
             sizes = self.wanted((inputs, weight), (inputs.elements, columns))
             saved = [inputs.storage, root, weight.storage]
             run = lambda *_: self.made(sizes)  # noqa: E731
-            return self.result(inputs.elements, [inputs, weight], saved, run, out, pointwise=True)
+            return self.result(inputs.elements, [inputs, weight], saved, run, out)
         upcast = inputs if exact else self.cast(inputs, FLOAT, self.shape.width)
         size = upcast.elements
         square = self._power(upcast, size)
@@ -282,11 +281,11 @@ class Ops:
         return self.result(size, [wide, narrow], saved, run, self.new(size, FLOAT))
 
     def relu(self, inputs: Value) -> Value:
-        """Keeps its result."""
+        """Keeps its result; compiled, one byte an element for where it is zero."""
         size = inputs.elements
         out = self.new(size)
-        saved = [inputs.storage] if self.compiled else [out]
-        return self.result(size, [inputs], saved, lambda *_: [self.new(size)], out, pointwise=True)
+        saved = [self.new(size, 1) if self.compiled else out]
+        return self.result(size, [inputs], saved, lambda *_: [self.new(size)], out)
 
     def dropout(self, inputs: Value) -> Value:
         """Keeps a mask of bytes; on a CPU it is a product with noise of the input's type, which is kept."""
@@ -300,4 +299,4 @@ class Ops:
         saved += [second.storage] if first.node and not second.cheap else []
 
         sizes = self.wanted((first, second), (first.elements, first.elements))
-        return self.result(first.elements, [first, second], saved, lambda *_: self.made(sizes), pointwise=True)
+        return self.result(first.elements, [first, second], saved, lambda *_: self.made(sizes))

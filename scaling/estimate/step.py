@@ -1,6 +1,7 @@
 """A whole training step of one rank, played: what it holds before, in forward and backward passes, in the update."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from scaling.estimate.decoder import PlayedDecoder
@@ -17,6 +18,23 @@ from scaling.spec.sections import DeepSpeed as DeepSpeedSpec
 
 WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of an element in the compute type."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays a step: this project's own code, or in benchmarks another's."""
+
+    ops: type[Ops] = Ops
+    decoder: type[PlayedDecoder] = PlayedDecoder
+    engine: type[Single] | None = None
+    """None: the one of the spec's backend."""
+
+    def engine_for(self, spec: Spec) -> type[Single]:
+        """The engine that is played for a spec."""
+        return self.engine or engine_of(spec)
+
+
+OWN = Cast()
 
 
 def engine_of(spec: Spec) -> type[Single]:
@@ -47,16 +65,17 @@ def play(
     *,
     cuda: bool = False,
     rough: int = 0,
+    cast: Cast = OWN,
 ) -> Tape:
     """A step of rank 0 once Adam has its moments; with the kernels of a CPU, or of a GPU.
 
     `rough` as in `Ops`: of accumulated micro-steps only two, without what the batch itself takes.
     """
     tape = Tape()
-    ops = Ops(tape, Shape(plan.micro_batch, plan.sequence_length, WIDTHS[spec.precision]), cuda=cuda, rough=rough)
-    engine = engine_of(spec)(ops, spec, groups, rendered, plan)
+    ops = cast.ops(tape, Shape(plan.micro_batch, plan.sequence_length, WIDTHS[spec.precision]), cuda=cuda, rough=rough)
+    engine = cast.engine_for(spec)(ops, spec, groups, rendered, plan)
     chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
-    decoder = PlayedDecoder(
+    decoder = cast.decoder(
         spec.model,
         ops,
         engine,
