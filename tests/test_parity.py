@@ -43,6 +43,17 @@ def test_curves_agree(gate, tmp_path):
     assert len(first) == 20 and first[-1]["loss"] < first[0]["loss"], "what is compared must be a run that learns"
 
 
+def test_frozen_embeddings_before_blocks_that_are_gathered_whole():
+    """No input of the first block wants a gradient: DeepSpeed then frees a leaf module before its backward pass."""
+    frozen = 'param_groups=[{"name": "still", "match": ["embed*"], "freeze": true}, {"name": "rest", "match": ["*"]}]'
+    command = ["-m", "scaling.parity", "--spec", str(SPECS / "llama-parity.json"), "--set", frozen]
+    done = python(
+        *(*command, "--set", "activation_checkpointing=selective"),
+        *("--backends", "single,zero3", "--world-sizes", "2", "--steps", "3"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
 def test_a_difference_is_found_and_the_command_fails(tmp_path):
     """The negative control: dropout draws other masks on other numbers of ranks."""
     command = ["-m", "scaling.parity", "--spec", str(SPECS / "gpt-parity.json"), "--set", "model.dropout=0.1"]

@@ -51,6 +51,9 @@ def build_deepspeed(
         # Parameters gathered block by block: hooks on every layer inside would break every graph, and what they run
         # would count among the operations that selective checkpointing expects to find again.
         deepspeed.utils.set_z3_leaf_modules(model, {type(model.get_submodule(path)) for path in recipe.blocks})
+        for block in map(model.get_submodule, recipe.blocks):
+            if any(parameter.requires_grad for parameter in block.parameters()):
+                block.register_forward_pre_hook(_ask_for_gradient)
     optimizer = build_adamw(parameters, groups, spec.optimizer)
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered, dist_init_required=False)
     engine = DeepSpeedEngine(wrapped, parameters, stage3=stage3)
@@ -229,6 +232,18 @@ def _check_abilities(deepspeed: Any, spec: Spec, backend: DeepSpeed) -> None:
             '`backend.offload_optimizer` and `backend.offload_parameters` must be "cpu" or null on this machine, where '
             'DeepSpeed finds no libaio, but one is "nvme"; install libaio (libaio-dev on Debian), or offload to the CPU'
         )
+
+
+def _ask_for_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let the gradient flow to a block's input even where nothing before it trains.
+
+    DeepSpeed reduces a leaf module's gradients in its full backward hook, which torch calls before the module's own
+    backward pass when no input wants a gradient: zeros would be reduced, and the weights freed too early.
+    """
+    hidden, *rest = inputs
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return hidden, *rest
 
 
 @torch.no_grad()

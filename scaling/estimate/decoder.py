@@ -56,7 +56,7 @@ class PlayedDecoder:
             places = hooks.leave("embed_positions", ops.embedding("embed_positions", shape.sequence, model.hidden_size))
             hidden = ops.add(hidden, places)
             del places
-        hidden = self.dropout(hidden)
+        hidden = self.wrapped("dropout", hidden, self.dropout)
         for index in range(model.num_hidden_layers):
             hidden = ops.border(self.wrapped(f"layers.{index}", ops.border(hidden), self.block))
         loss = self.wrapped("lm_head", self.wrapped("norm", hidden, self.norm), self.head)
@@ -93,17 +93,21 @@ class PlayedDecoder:
         norm, mlp_norm = f"{name}.input_layernorm", f"{name}.post_attention_layernorm"
         self.ops.compiled = self.compiled
         try:
-            mixed = self.attention(f"{name}.self_attn", self.wrapped(norm, hidden, self.norm))
-            hidden = self.ops.add(hidden, self.dropout(mixed))
+            mixed = self.wrapped(f"{name}.self_attn", self.wrapped(norm, hidden, self.norm), self.attention)
+            hidden = self.ops.add(hidden, self.wrapped(f"{name}.dropout", mixed, self.dropout))
             del mixed
-            inner = self.dropout(self.mlp(f"{name}.mlp", self.wrapped(mlp_norm, hidden, self.norm)))
-            return self.ops.add(hidden, inner)
+            inner = self.wrapped(f"{name}.mlp", self.wrapped(mlp_norm, hidden, self.norm), self.mlp)
+            return self.ops.add(hidden, self.wrapped(f"{name}.dropout", inner, self.dropout))
         finally:
             self.ops.compiled = False
 
-    def dropout(self, hidden: Value) -> Value:
+    def dropout(self, _: str, hidden: Value) -> Value:
         """nn.Dropout in training."""
         return self.ops.dropout(hidden) if self.model.dropout else hidden
+
+    def identity(self, _: str, heads: Value) -> Value:
+        """nn.Identity."""
+        return heads
 
     def head_norm(self, name: str, heads: Value) -> Value:
         """RMSNorm of each head, which makes the transposed heads contiguous."""
@@ -126,9 +130,8 @@ class PlayedDecoder:
         query = self.linear(f"{name}.q_proj", hidden, self.queries, bias)
         key = self.linear(f"{name}.k_proj", hidden, self.keys, bias)
         value = self.linear(f"{name}.v_proj", hidden, self.keys, bias)
-        if model.qk_norm:
-            query = self.wrapped(f"{name}.q_norm", query, self.head_norm)
-            key = self.wrapped(f"{name}.k_norm", key, self.head_norm)
+        norm = self.head_norm if model.qk_norm else self.identity
+        query, key = self.wrapped(f"{name}.q_norm", query, norm), self.wrapped(f"{name}.k_norm", key, norm)
         if model.position == "rope":
             query, key = ops.rotate(query, *self.rotation), ops.rotate(key, *self.rotation)
         mixed = ops.attention(query, key, value, model.num_attention_heads)

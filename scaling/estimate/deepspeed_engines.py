@@ -425,10 +425,14 @@ class ZeRO3(Single):
 
     # ------------------------------------------------------------ gathering
 
+    def hooked(self, module: str) -> bool:
+        """All modules are, with parameters of their own or not, but for those within a leaf module."""
+        return not (self.leaf_modules and module.startswith("layers.") and module.count(".") > 1)
+
     def enter(self, module: str, value: Value | None) -> Value | None:
         if not module:
             self.begin_pass()
-        if module not in self.modules:
+        if not self.hooked(module):
             return value
         self.fetch(module)
         if value is None or value.node is None:
@@ -441,7 +445,7 @@ class ZeRO3(Single):
         return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
 
     def leave(self, module: str, value: Value) -> Value:
-        if module not in self.modules:
+        if not self.hooked(module):
             return value
         self.release(module)
         if value.node is None:
@@ -460,7 +464,8 @@ class ZeRO3(Single):
             self.free(name)
         if self.trace and not self.recorded:
             self.record()
-        self.queue = deque((name, step) for step, module in enumerate(self.trace) for name in self.modules[module])
+        names = self.modules
+        self.queue = deque((name, step) for step, module in enumerate(self.trace) for name in names.get(module, ()))
         self.fetched_for = {}
         self.place = self.available = 0
 
@@ -468,9 +473,9 @@ class ZeRO3(Single):
         """The order of modules is known: where each is used, and how many elements pass before."""
         self.recorded = True
         for place, module in enumerate(self.trace):
-            for name in self.modules[module]:
+            for name in self.modules.get(module, ()):
                 self.uses.setdefault(name, []).append(place)
-        counts = (sum(self.sizes[name] for name in self.modules[module]) for module in self.trace)
+        counts = (sum(self.sizes[name] for name in self.modules.get(module, ())) for module in self.trace)
         self.passed = list(accumulate(counts, initial=0))
 
     def soon(self, name: str) -> bool:
@@ -485,7 +490,7 @@ class ZeRO3(Single):
         """`fetch_sub_module`."""
         if not self.recorded:
             self.trace.append(module)
-        names = self.modules[module]
+        names = self.modules.get(module, [])
         self.gather([name for name in names if name not in self.ready and name not in self.flying])
         for name in names:
             self.users[name].add(module)
@@ -544,7 +549,7 @@ class ZeRO3(Single):
 
     def release(self, module: str) -> None:
         """`release_sub_module`: free what no other module uses, and none will soon."""
-        for name in self.modules[module]:
+        for name in self.modules.get(module, ()):
             self.users[name].discard(module)
             if self.users[name] or name not in self.ready:
                 continue

@@ -169,12 +169,17 @@ def _known_functions() -> Iterator[tuple[Any, str, str]]:
         optimizer = stage12.DeepSpeedZeroOptimizer
         for name in ("setup_buckets", "average_tensor"):
             yield optimizer, name, "communication"
-        for name in ("_build_compact_grad_partition_buffer", "copy_grads_in_partition"):
+        for name in (
+            "_build_compact_grad_partition_buffer",
+            "copy_grads_in_partition",
+            "_fill_param_grad_accum_attribute",
+        ):
             yield optimizer, name, "gradients"
     if stage3 := sys.modules.get("deepspeed.runtime.zero.stage3"):
         owner = stage3.DeepSpeedZeroOptimizer_Stage3
         for name in (f"_{owner.__name__}__avg_scatter_grads", "_post_step"):  # which gathers the small parameters
             yield owner, name, "communication"
+        yield owner, "_prepare_sub_group", "gradients"
     if engine := sys.modules.get("deepspeed.runtime.engine"):
         yield engine.DeepSpeedEngine, "allreduce_bucket", "communication"
     if coordinator := sys.modules.get("deepspeed.runtime.zero.partitioned_param_coordinator"):
