@@ -7,7 +7,7 @@ from processes import SPECS, python
 
 from benchmarks.ledger import BACKENDS, MEDIAN, PART, WORST, compare, draw, summary
 
-DRAWN = 2
+DRAWN = 1
 """For each backend."""
 
 
