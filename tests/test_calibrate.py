@@ -122,7 +122,11 @@ def test_a_launcher_has_chosen_the_ranks(tmp_path, monkeypatch):
 
 
 def test_interrupted_it_leaves_nothing(tmp_path):
-    command = [sys.executable, "-m", "scaling.calibrate", "--out", str(tmp_path / "cpu.json"), "--seconds", "60"]
+    # Whoever runs the tests in the background may have had SIGINT ignored, which is inherited.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import runpy, sys; "
+    words = ["--out", str(tmp_path / "cpu.json"), "--seconds", "60"]
+    program = heard + f"sys.argv[1:] = {words!r}; runpy.run_module('scaling.calibrate', run_name='__main__')"
+    command = [sys.executable, "-c", program]
     running = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True)
     time.sleep(6)  # wherever it is: importing, starting ranks, measuring
     os.killpg(running.pid, signal.SIGINT)

@@ -5,22 +5,22 @@ import json
 import pytest
 from processes import SPECS, python
 
-from benchmarks.ledger import BACKENDS, MEDIAN, PART, WORST, compare, draw, summary
+from benchmarks.ledger import MEDIAN, PART, WORST, compare, draw, summary
 
-DRAWN = 1
-"""For each backend."""
+CHECKED = ("single", "fsdp", "hsdp", "zero1", "zero2-small", "zero3", "zero2-offload", "fsdp-offload")
+"""Of the backends there, one configuration each."""
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    cells = list(draw(DRAWN * len(BACKENDS), 11, list(BACKENDS), tmp_path_factory.mktemp("drawn")))
+    cells = list(draw(len(CHECKED), 11, list(CHECKED), tmp_path_factory.mktemp("drawn")))
     return list(compare(cells))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CHECKED)
 def test_the_played_peak_is_the_counted_one(rows, backend):
     mine = [row for row in rows if row["name"].split()[1] == backend]
-    assert len(mine) == DRAWN
+    assert len(mine) == 1
     for row in mine:
         assert "error" not in row, row
         assert abs(row["off"]) <= WORST and row["worst_part"] <= PART, row
@@ -31,7 +31,7 @@ def test_the_median_over_all_is_close(rows):
 
 
 def test_a_draw_is_made_of_its_seed(tmp_path):
-    first, again, other = ([cell["name"] for cell in draw(20, seed, list(BACKENDS), tmp_path)] for seed in (1, 1, 2))
+    first, again, other = ([cell["name"] for cell in draw(20, seed, list(CHECKED), tmp_path)] for seed in (1, 1, 2))
     assert first == again != other and len(set(first)) == 20
 
 
