@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scaling import parity
 from scaling.errors import UserError
 from scaling.estimate.time import estimate_time
 from scaling.hardware import Cluster, gpu_from_device_name
@@ -33,14 +34,8 @@ GPT2 = {"124m": (768, 12, 12), "350m": (1024, 24, 16), "774m": (1280, 36, 20), "
 LLAMA = {"1b": (2048, 8192, 16, 32, 8), "3b": (3072, 8192, 28, 24, 8), "8b": (4096, 14336, 32, 32, 8)}
 """Hidden and intermediate size, blocks, heads, heads of keys and values."""
 BACKENDS: dict[str, dict[str, Any]] = {
-    "single": {"kind": "single"},
-    "ddp": {"kind": "ddp"},
-    "fsdp": {"kind": "fsdp"},
-    "fsdp-keep": {"kind": "fsdp", "reshard_after_forward": False},
-    "hsdp": {"kind": "fsdp", "replicate": 8},
-    "zero1": {"kind": "deepspeed", "zero_stage": 1},
-    "zero2": {"kind": "deepspeed", "zero_stage": 2},
-    "zero3": {"kind": "deepspeed", "zero_stage": 3},
+    **parity.BACKENDS,
+    "hsdp": {"kind": "fsdp", "replicate": 8},  # of 64 ranks
 }
 FROZEN = 'param_groups=[{"name": "still", "match": ["embed*", "layers.0.*"], "freeze": true}, ' + (
     '{"name": "rest", "match": ["*"]}]'

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from scaling import parity
 from scaling.rehearse import rehearse_all
 from scaling.run_folder import environment
 
@@ -25,13 +26,7 @@ STEPS, STEPS_3 = 2, 5
 """From the second on all are alike; at stage 3 later, since what it knows of the order of modules grows."""
 MEDIAN, WORST, PART = 0.01, 0.03, 0.05
 BACKENDS: dict[str, dict[str, Any]] = {
-    "single": {"kind": "single"},
-    "ddp": {"kind": "ddp"},
-    "fsdp": {"kind": "fsdp"},
-    "fsdp-keep": {"kind": "fsdp", "reshard_after_forward": False},
-    "hsdp": {"kind": "fsdp", "replicate": 2},
-    "zero1": {"kind": "deepspeed", "zero_stage": 1},
-    "zero2": {"kind": "deepspeed", "zero_stage": 2},
+    **{name: parity.BACKENDS[name] for name in ("single", "ddp", "fsdp", "fsdp-keep", "hsdp", "zero1", "zero2")},
     "zero1-small": {"kind": "deepspeed", "zero_stage": 1, "reduce_bucket_size": 20_000},
     "zero2-small": {"kind": "deepspeed", "zero_stage": 2, "reduce_bucket_size": 20_000},
     "zero3": {"kind": "deepspeed", "zero_stage": 3, "reduce_bucket_size": 200_000},

@@ -2,6 +2,8 @@
 
 GiB = 2**30
 MiB = 2**20
+WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of an element, by precision."""
 ALLOCATION_BYTES = 512
 """CUDA's caching allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scaling.calibrate.result import CPU_SIZES, GPU_SIZES, Figure, Found, Sizes, figure
+from scaling.engine.precision import DTYPES
 from scaling.engine.process import Process
 from scaling.errors import UserError
 from scaling.run_folder import environment
@@ -31,7 +32,6 @@ LEAST_CALLS = 3 + LEAST_REPEATS
 """Of a figure: the first, one that tells how long it takes, one to warm up, and the repeats."""
 ROOM = 1 / 16
 """Of the memory that is free, the most that one buffer takes; there are up to three, and collectives have their own."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NOT_ON_A_CPU = "not tried on a CPU: few have fp16 units, and without them one product would take all of the time"
 
 

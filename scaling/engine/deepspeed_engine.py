@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from scaling.engine.blocks import prepare_blocks
 from scaling.engine.extensions import remove_stale_locks
 from scaling.engine.optimizer import build_adamw, make_moments, moments, set_updates, updates
+from scaling.engine.precision import DTYPES
 from scaling.engine.process import Process
 from scaling.engine.protocol import FlatShard, cut
 from scaling.errors import UserError
@@ -39,7 +40,7 @@ def build_deepspeed(
         with deepspeed.zero.Init(config_dict_or_path=rendered):
             model = recipe.build()
     else:
-        with torch.device(process.device), _default_dtype(_DTYPES[spec.precision]):
+        with torch.device(process.device), _default_dtype(DTYPES[spec.precision]):
             model = recipe.build()
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     _fill(deepspeed, parameters, recipe, process, sharded=stage3)
@@ -59,9 +60,6 @@ def build_deepspeed(
     engine = DeepSpeedEngine(wrapped, parameters, stage3=stage3)
     engine.start_from(recipe)
     return engine
-
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @contextlib.contextmanager

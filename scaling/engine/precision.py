@@ -5,6 +5,9 @@ import functools
 import torch
 from torch import nn
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""By the spec's precision."""
+
 
 def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
     """Make every parameter read as its cast to `dtype` in forward passes; the parameters themselves stay fp32.

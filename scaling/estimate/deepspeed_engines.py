@@ -331,7 +331,7 @@ class ZeRO3(Single):
     """Stage 3: everything cut; parameters gathered module by module, some ahead of use.
 
     As partitioned_param_coordinator.py, partition_parameters.py and stage3.py of runtime/zero have it. `place` numbers
-    the modules with parameters of their own as a pass enters them, backward ones included.
+    the modules as a pass enters them, backward ones included.
     """
 
     blocks_alike = False

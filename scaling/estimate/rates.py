@@ -9,6 +9,7 @@ from typing import Literal
 from scaling.errors import UserError
 from scaling.estimate.caching import cached
 from scaling.hardware import GPU, GPUS
+from scaling.units import WIDTHS
 
 SUSTAINED = 0.85
 """Of the fastest matmul measured (MAMF), what a large product keeps up within a training step, where the card is hot
@@ -27,8 +28,6 @@ WIDE_ATTENTION_RATIO = 370 / 989
 OTHER_ATTENTION_RATIO = 0.4
 """The same for the kernels that serve in place of FlashAttention-2, which wants 16 bits and Ampere or newer.
 Engineering judgement."""
-WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
-"""Bytes of an element in the compute type."""
 
 Precision = Literal["bf16", "fp16", "fp32"]
 

@@ -15,9 +15,7 @@ from scaling.spec.sections import DDP as DDPSpec
 from scaling.spec.sections import FSDP as FSDPSpec
 from scaling.spec.sections import CausalLM, Spec
 from scaling.spec.sections import DeepSpeed as DeepSpeedSpec
-
-WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
-"""Bytes of an element in the compute type."""
+from scaling.units import WIDTHS
 
 
 @dataclass(frozen=True)
