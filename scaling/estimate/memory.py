@@ -25,7 +25,7 @@ from scaling.units import GiB
 MICRO = (8, 16)
 """Micro-batches that are played."""
 BLOCKS = (3, 4)
-"""Numbers of blocks that are played for more."""
+"""Numbers of blocks that are played for more; the second is the first and one."""
 PROBES = (1, 4, 16, 64, 1024)
 """Micro-batches for which the highest moment of each stretch is looked for; for others it is one of the same, or so
 near that it does not matter."""
@@ -163,9 +163,8 @@ class _Curve:
         """From the played numbers of blocks to the real one, for each micro-batch."""
         if len(values) == 2:
             return values[0], values[1]
-        fewer, more = self._blocks
-        factor = self._layers - more
-        low, high = ((b + (b - a) * factor) // (more - fewer) for a, b in zip(values[:2], values[2:], strict=True))
+        further = self._layers - self._blocks[1]  # beyond the second of the two, which is one more than the first
+        low, high = (more + (more - fewer) * further for fewer, more in zip(values[:2], values[2:], strict=True))
         return low, high
 
     def _line(self, values: Sequence[int]) -> tuple[float, float]:
