@@ -19,17 +19,17 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "scaling")
 ABSENT = ("torch", "numpy", "deepspeed", "tokenizers", "transformers")
-LIMIT_S = 0.4
-"""A quick command answers within this, process start included; the best of REPEATS counts."""
 REPEATS = 5
 
-COMMANDS: dict[str, bool] = {
-    "scaling.spec schema": False,
-    "scaling.spec validate gpt2-124m": True,
-    "scaling.render gpt2-124m --world-size 8": True,
-    "scaling.plan --spec gpt2-124m --gpus 8xH100-80GB --as-written": True,
+COMMANDS: dict[str, float | None] = {
+    "scaling.spec schema": None,
+    "scaling.spec validate gpt2-124m": 0.4,
+    "scaling.render gpt2-124m --world-size 8": 0.4,
+    "scaling.plan --spec gpt2-124m --gpus 8xH100-80GB --as-written": 0.4,
+    # 720 sequences a rank can be cut in 30 ways: 990 candidates.
+    'scaling.plan --spec llama-8b --gpus 8xH100-80GB --set batch={"global_batch_size":5760,"micro_batch_size":1}': 1.5,
 }
-"""What must run, and whether it must be quick."""
+"""What must run, and the seconds within which it must answer, process start included; the best of REPEATS counts."""
 
 
 def main() -> int:
@@ -38,8 +38,8 @@ def main() -> int:
         folder = Path(name)
         python = install(folder)
         check_installed(python, folder)
-        for command, quick in COMMANDS.items():
-            check_command(python, folder, command, quick=quick)
+        for command, limit_s in COMMANDS.items():
+            check_command(python, folder, command, limit_s)
     return 0
 
 
@@ -79,17 +79,17 @@ def check_installed(python: Path, folder: Path) -> None:
     require(bool(data) and not missing, f"the wheel must hold all of {len(data)} data files, but lacks {missing}")
 
 
-def check_command(python: Path, folder: Path, command: str, *, quick: bool) -> None:
+def check_command(python: Path, folder: Path, command: str, limit_s: float | None) -> None:
     """`python -m command` ends with 0 and prints something, in time if it is to be quick."""
     seconds: list[float] = []
-    for _ in range(REPEATS if quick else 1):
+    for _ in range(REPEATS if limit_s else 1):
         began = time.perf_counter()
         output = run([str(python), "-m", *command.split()], folder)
         seconds.append(time.perf_counter() - began)
         require(bool(output.strip()), f"`{command}` must print something, but printed nothing")
     print(f"{command}: {min(seconds):.2f} s, the best of {len(seconds)}", flush=True)
-    if quick:
-        require(min(seconds) < LIMIT_S, f"`{command}` must answer within {LIMIT_S} s, but takes {min(seconds):.2f} s")
+    if limit_s:
+        require(min(seconds) < limit_s, f"`{command}` must answer within {limit_s} s, but takes {min(seconds):.2f} s")
 
 
 def run(command: list[str], folder: Path) -> str:

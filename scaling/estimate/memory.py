@@ -1,8 +1,8 @@
 """Memory of one rank for any micro-batch, from a few played steps.
 
-All sizes in a step grow evenly with the micro-batch, and with the number of blocks where blocks are alike. So a few
-small steps (two micro-batches, three and four blocks) say what each moment of a large one holds: a line over the
-micro-batch. The peak is the highest of these lines.
+All sizes in a step grow evenly with the micro-batch, and with the number of blocks where blocks are alike. So steps of
+three and of four blocks say what each moment of a deep one holds, and sizes that are written as bytes + bytes for each
+sequence (PER_SEQUENCE) say it for every micro-batch: a line. The peak is the highest of these lines.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,9 @@ from scaling.render import render
 from scaling.spec.sections import CausalLM, Spec
 from scaling.units import GiB
 
-MICRO = (8, 16)
-"""Micro-batches that are played."""
+PER_SEQUENCE = 2**64
+"""The micro-batch that is played: large enough for a whole number to hold two, what is there in any case and what comes
+with each sequence. All that is done to sizes (sums, multiples, exact shares) is done to both."""
 BLOCKS = (3, 4)
 """Numbers of blocks that are played for more; the second is the first and one."""
 PROBES = (1, 4, 16, 64, 1024)
@@ -47,15 +48,15 @@ aten/src/ATen/cuda/CublasHandlePool.cpp); 8 MiB on other cards."""
 class _Moment:
     """One change on each of the played tapes: what is alive after it."""
 
-    base: float
+    base: int
     """Bytes whatever the micro-batch."""
-    slope: float
+    slope: int
     """Bytes more for each sequence."""
     places: tuple[int, ...]
     """Changes before it, on each tape."""
     phase: str
 
-    def at(self, micro_batch: int) -> float:
+    def at(self, micro_batch: int) -> int:
         """Bytes for this micro-batch."""
         return self.base + self.slope * micro_batch
 
@@ -141,8 +142,8 @@ class _Curve:
             layers > BLOCKS[1] and _alike(played.groups, layers) and played.cast.engine_for(played.spec).blocks_alike
         )
         self._layers, self._blocks = layers, BLOCKS if grows else (layers, layers)
-        self._tapes = [played.tape(count, micro) for count in dict.fromkeys(self._blocks) for micro in MICRO]
-        self.host_bytes = self._grown([tape.host_bytes for tape in self._tapes])[0]
+        self._tapes = [played.tape(count) for count in dict.fromkeys(self._blocks)]
+        self.host_bytes = self._grown([tape.host_bytes for tape in self._tapes])
         self._moments = _highest(self._all())
         self._parts: dict[tuple[int, ...], list[dict[str, int]]] = {}
 
@@ -154,22 +155,17 @@ class _Curve:
         found = self._parts[top.places]
         parts: dict[str, int] = {}
         for category in sorted({name for part in found for name in part}):
-            base, slope = self._line([part.get(category, 0) for part in found])
-            if size := round(base + slope * micro_batch):
+            base, slope = _both(self._grown([part.get(category, 0) for part in found]))
+            if size := base + slope * micro_batch:
                 parts[category] = size
         return sum(parts.values()), top.phase, parts
 
-    def _grown(self, values: Sequence[int]) -> tuple[int, int]:
-        """From the played numbers of blocks to the real one, for each micro-batch."""
-        if len(values) == 2:
-            return values[0], values[1]
-        further = self._layers - self._blocks[1]  # beyond the second of the two, which is one more than the first
-        low, high = (more + (more - fewer) * further for fewer, more in zip(values[:2], values[2:], strict=True))
-        return low, high
-
-    def _line(self, values: Sequence[int]) -> tuple[float, float]:
-        """Base and slope over the micro-batch."""
-        return _through(*self._grown(values))
+    def _grown(self, values: Sequence[int]) -> int:
+        """From the played numbers of blocks to the real one."""
+        if len(values) == 1:
+            return values[0]
+        fewer, more = values
+        return more + (more - fewer) * (self._layers - self._blocks[1])  # the second is one more than the first
 
     def _all(self) -> Iterator[_Moment]:
         """Moments that are the highest of their stretch of the step, for some micro-batch."""
@@ -179,9 +175,10 @@ class _Curve:
             phase = tracks[0][0]
             for segments in _aligned([segments for _, segments in tracks]):
                 starts, columns = _columns(segments, totals)
-                grown = [self._grown(values) for values in zip(*columns, strict=True)]
-                for index in _tops(grown):
-                    yield _Moment(*_through(*grown[index]), tuple(start + index for start in starts), phase)
+                summits = _summits(columns[0])
+                lines = [_both(self._grown([column[index] for column in columns])) for index in summits]
+                for top in _tops(lines):
+                    yield _Moment(*lines[top], tuple(start + summits[top] for start in starts), phase)
 
 
 @dataclass(frozen=True)
@@ -196,9 +193,9 @@ class _Played:
     cuda: bool
     cast: Cast
 
-    def tape(self, blocks: int, micro: int) -> Tape:
-        """A step with so many blocks and sequences."""
-        ranks = self.plan.world_size
+    def tape(self, blocks: int) -> Tape:
+        """A step with so many blocks."""
+        ranks, micro = self.plan.world_size, PER_SEQUENCE
         cut = BatchPlan(micro * self.accumulation * ranks, micro, self.accumulation, ranks, self.plan.sequence_length)
         sizes = {"global_batch_size": cut.global_batch, "global_batch_tokens": None, "micro_batch_size": micro}
         batch = self.spec.batch.model_copy(update={**sizes, "gradient_accumulation_steps": "auto"})
@@ -263,20 +260,29 @@ def _columns(segments: Sequence[tuple[int, int]], totals: Sequence[list[int]]) -
     return starts, [[top] for top in highest]
 
 
-def _tops(grown: Sequence[tuple[int, int]]) -> set[int]:
-    """Which moments are the highest for one of PROBES."""
+def _summits(column: Sequence[int]) -> list[int]:
+    """Places that are no lower than those before and after: after something was made, before something is freed."""
+    last = len(column) - 1
+    return [
+        place
+        for place, here in enumerate(column)
+        if (not place or column[place - 1] <= here) and (place == last or column[place + 1] <= here)
+    ]
+
+
+def _tops(lines: Sequence[tuple[int, int]]) -> set[int]:
+    """Which moments, given by base and slope, are the highest for one of PROBES."""
     found: set[int] = set()
     for micro in PROBES:
-        share = (micro - MICRO[0]) / (MICRO[1] - MICRO[0])
-        values = [low + (high - low) * share for low, high in grown]
+        values = [base + slope * micro for base, slope in lines]
         found.add(values.index(max(values)))
     return found
 
 
-def _through(low: int, high: int) -> tuple[float, float]:
-    """Base and slope of the line through what MICRO take."""
-    slope = (high - low) / (MICRO[1] - MICRO[0])
-    return low - slope * MICRO[0], slope
+def _both(size: int) -> tuple[int, int]:
+    """Bytes in any case, and for each sequence, of a size of a played tape."""
+    slope = (size + PER_SEQUENCE // 2) // PER_SEQUENCE
+    return size - slope * PER_SEQUENCE, slope
 
 
 def _highest(moments: Iterator[_Moment]) -> list[_Moment]:
