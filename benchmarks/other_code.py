@@ -201,8 +201,8 @@ class _Passing(Leaf):
         super().__init__(tape)
         self.waits = False
 
-    def take(self, gradient: Storage) -> None:
-        super().take(gradient)
+    def take(self, gradients: list[Storage]) -> None:
+        super().take(gradients)
         if not self.waits:
             self.grad = None
 

@@ -166,7 +166,7 @@ class PlayedDecoder:
         ops, vocabulary = self.ops, self.model.vocab_size
         exact, size = ops.shape.width == FLOAT, ops.shape.rows * vocabulary
         sizes = ops.wanted((hidden, weight), (hidden.elements, weight.elements))
-        saved = [hidden.storage] * bool(weight.node) + [weight.storage] * bool(hidden.node)
+        saved = [hidden.storage] * bool(weight.node) + [ops.factor(weight)] * bool(hidden.node)
         logits = ops.result(size, [hidden, weight], saved, lambda *_: ops.made(sizes))
         logits = logits if exact else ops.cast(logits, FLOAT, ops.shape.width)
         likely = ops.new(size, FLOAT)

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from scaling.estimate.ops import FLOAT, Ops
-from scaling.estimate.tape import Leaf, Node, Storage, Tape, Value
+from scaling.estimate.tape import Leaf, Node, Refilled, Storage, Tape, Value
 from scaling.estimate.torch_engines import Single
 from scaling.groups import Group
 from scaling.inventory import Parameter, tied
@@ -34,11 +34,13 @@ class _Hooked(Leaf):
         self.sum: Storage | None = None
         """In fp32, of several micro-steps."""
 
-    def take(self, gradient: Storage) -> None:
-        super().take(gradient)
+    def take(self, gradients: list[Storage]) -> None:
+        super().take(gradients)
+        assert self.grad is not None
+        born = self.grad.born
         self.hook(self)
-        if self.grad is gradient and gradient.category == "workspace":
-            gradient.rename("gradients")
+        if self.grad is not None and self.grad.born == born and self.grad.category == "workspace":
+            self.grad.rename("gradients")  # it stays what it is
 
 
 class _Group:
@@ -148,7 +150,7 @@ class ZeRO12(_Flat):
         self.buffer_width = FLOAT if self.accumulates else self.width
 
     def make_gradients(self) -> None:
-        if self.offloads and not self.compact and self.accumulation > 1:  # those of earlier micro-steps
+        if self.stage == 2 and self.offloads and not self.compact and self.accumulation > 1:  # of earlier micro-steps
             total = sum(leaf.elements for leaf in self.leaves_here())
             self.host.append(self.ops.held(total, FLOAT, "gradients", on_host=True))
 
@@ -384,7 +386,7 @@ class ZeRO3(Single):
             self.sizes[name] = parameter.elements
             self.modules.setdefault(self.owner(name), []).append(name)
             self.users[name] = set()
-            self.whole[name] = Storage(self.tape, 0, "communication")
+            self.whole[name] = Refilled(self.tape, "communication")
             if parameter.elements <= self.zero["stage3_param_persistence_threshold"]:
                 self.persistent.add(name)
         for first, *others in self.tied:
@@ -541,7 +543,9 @@ class ZeRO3(Single):
     def wait(self, name: str) -> None:
         """All that came together is copied to its places; the flat tensor goes with the last that asks."""
         handle = self.flying.pop(name)
-        if not handle.done and handle.flat is not None:
+        if handle.done:
+            return
+        if handle.flat is not None:
             for other in handle.names:
                 self.whole[other].resize(self.width * self.sizes[other])
         handle.done = True

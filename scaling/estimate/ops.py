@@ -156,7 +156,7 @@ class Ops:
         extra = self.read(f"{name}.bias") if bias else None
         rows = inputs.elements // (weight.elements // outputs)
         saved = [inputs.storage] if weight.node or self.zero3_linear else []
-        saved += [weight.storage] if inputs.node or self.zero3_linear else []
+        saved += [self.factor(weight)] if inputs.node or self.zero3_linear else []
 
         sizes = self.wanted((extra, inputs, weight), (outputs, inputs.elements, weight.elements))
         run = lambda *_: self.made(sizes)  # noqa: E731
@@ -164,6 +164,10 @@ class Ops:
         spared = self.compiled and name.endswith(".down_proj")
         make = lambda: (self.new if spared else self.kept)(rows * outputs)  # noqa: E731
         return self.result(rows * outputs, [extra, inputs, weight], saved, run, make)
+
+    def factor(self, weight: Value) -> Storage:
+        """What a linear layer keeps of its weight: torch's a transposed view, so what is in it now."""
+        return weight.storage if self.zero3_linear else weight.storage.content
 
     def layer_norm(self, name: str, inputs: Value, columns: int, bias: bool) -> Value:
         """native_layer_norm: mean and 1/deviation of each row are kept, in fp32, on a CPU in the type of the input."""

@@ -99,9 +99,32 @@ class Storage:
         self.tape.changes.append(self.bytes - before)
         self.tape.categories.append(self.category)
 
+    @property
+    def content(self) -> "Storage":
+        """What stays alive with one who keeps not this, but what is in it now."""
+        return self
+
     def rename(self, category: str) -> None:
         """Be of another category, and have been so always. Not for what was resized."""
         self.category = self.tape.categories[self.born] = category
+
+
+class Refilled(Storage):
+    """Memory that is other memory after each change of its size: ZeRO-3 gives a parameter a new tensor as its data."""
+
+    __slots__ = ("_content",)
+
+    def __init__(self, tape: Tape, category: str) -> None:
+        super().__init__(tape, 0, category)
+        self._content: Storage | None = None
+
+    def resize(self, count: int) -> None:
+        self._content = None
+        self._content = Storage(self.tape, count, self.category) if count else None
+
+    @property
+    def content(self) -> Storage:
+        return self._content or self
 
 
 Gradients = Sequence[Storage | None]
@@ -150,22 +173,23 @@ class Leaf(Node):
     __slots__ = ("category", "grad")
 
     def __init__(self, tape: Tape, category: str | None = "gradients") -> None:
-        super().__init__(tape, (), (), self._take)
+        super().__init__(tape, (), (), lambda *_: ())
         self.number = -1
         self.category = category
         """What a gradient becomes here."""
         self.grad: Storage | None = None
 
-    def take(self, gradient: Storage) -> None:
-        """Keep a gradient, or add it to the one that is there."""
+    def backward(self, gradients: list[Storage]) -> Gradients:
+        self.take(gradients)
+        return ()
+
+    def take(self, gradients: list[Storage]) -> None:
+        """Keep the gradient in the list, which is emptied, or add it to the one that is there."""
+        gradient = gradients.pop()
         if self.grad is None:
             self.grad = gradient
             if self.category is not None and gradient.category == "workspace":
                 gradient.rename(self.category)
-
-    def _take(self, gradient: Storage, _: list[Storage]) -> Gradients:
-        self.take(gradient)
-        return ()
 
 
 class Frame:
@@ -202,7 +226,7 @@ class Frame:
             self._saved.append(None)
             return
         index, self._next = self._next, self._next + 1
-        self._saved[index] = list(saved)
+        self._saved[index] = [storage.content for storage in saved]  # torch keeps them detached
         if index == self._last:
             raise Frame.Enough
 

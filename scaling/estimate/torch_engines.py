@@ -110,8 +110,8 @@ class _InBucket(Leaf):
         self.bucket: Storage | None = None
         self.synced = True
 
-    def take(self, gradient: Storage) -> None:
-        super().take(gradient)
+    def take(self, gradients: list[Storage]) -> None:
+        super().take(gradients)
         if self.synced:
             self.grad = self.bucket
 

@@ -173,6 +173,7 @@ def _known_functions() -> Iterator[tuple[Any, str, str]]:
             "_build_compact_grad_partition_buffer",
             "copy_grads_in_partition",
             "_fill_param_grad_accum_attribute",
+            "reduce_independent_p_g_buckets_and_remove_grads",  # copies of large ones
         ):
             yield optimizer, name, "gradients"
     if stage3 := sys.modules.get("deepspeed.runtime.zero.stage3"):
