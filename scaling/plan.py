@@ -307,6 +307,8 @@ def _ledger(candidate: Candidate) -> list[Sheet]:
         ["at least", memory.low_bytes, "lower end of the band around it"],
         ["at most", memory.high_bytes, "upper end, which must fit"],
         ["host", memory.host_bytes, "of host memory, for what is offloaded"],
+        ["staging", memory.staging_bytes, "of host memory, for the copy that a checkpoint is written from"],
+        ["checkpoint", memory.checkpoint_bytes, "on disk, of all ranks; saving takes no more of the device"],
     ]
     rows += [[str(name), format_bytes(int(size)), str(what)] for name, size, what in sums]
     times = [

@@ -104,6 +104,12 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(train, whole, tmp_path):
     assert curve(folder) == curve(whole) and same(folder, whole)
 
 
+def test_the_plan_knows_the_size_of_a_checkpoint(whole):
+    """Frozen and tied parameters included: what is in it, to the byte."""
+    planned = json.loads((whole / "plan.json").read_text())["memory"]["checkpoint_bytes"]
+    assert planned == sum(4 * tensor.numel() for tensor in state(whole).values())
+
+
 def test_steps_that_are_done_again_have_equal_values(train, whole, tmp_path):
     folder = tmp_path / "run"
     train(folder, "--stop-after", "7")

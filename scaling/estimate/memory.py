@@ -11,12 +11,13 @@ from itertools import accumulate
 from typing import Any
 
 from scaling.estimate.decoder import CHUNK_ELEMENTS
-from scaling.estimate.ops import LONG
+from scaling.estimate.ops import FLOAT, LONG
 from scaling.estimate.results import MemoryEstimate
 from scaling.estimate.step import OWN, Cast, play
 from scaling.estimate.tape import Tape
 from scaling.groups import Group
 from scaling.hardware import GPU
+from scaling.inventory import parameters
 from scaling.records import BatchPlan
 from scaling.render import render
 from scaling.spec.sections import CausalLM, Spec
@@ -80,6 +81,7 @@ class MemoryModel:
         self._spec, self._groups, self._rendered, self._plan, self._gpu = spec, groups, rendered, plan, gpu
         self._cast = cast
         self._curves: dict[tuple[bool, int], _Curve] = {}
+        self._checkpoint_bytes = checkpoint_bytes(spec, groups)
 
     def at(self, micro_batch: int, accumulation: int) -> MemoryEstimate:
         """With so many sequences at a time, so many times a step."""
@@ -108,9 +110,13 @@ class MemoryModel:
         return self._curves[again, chunks]
 
     def _estimate(self, allocated: int, phase: str, parts: dict[str, int], host: int) -> MemoryEstimate:
+        saving = {
+            "staging_bytes": -(-self._checkpoint_bytes // self._plan.world_size),
+            "checkpoint_bytes": self._checkpoint_bytes,
+        }
         if not self._cuda:
             parts = dict(sorted(parts.items()))
-            return MemoryEstimate(allocated, allocated, allocated, allocated, allocated, phase, parts)
+            return MemoryEstimate(allocated, allocated, allocated, allocated, allocated, phase, parts, **saving)
         workspace = MATMUL_WORKSPACE_BYTES // (1 if _is_wide(self._gpu) else 4)
         parts["workspace"] = parts.get("workspace", 0) + workspace
         allocated += workspace
@@ -125,12 +131,21 @@ class MemoryModel:
             peak_phase=phase,
             parts=dict(sorted(parts.items())),
             host_bytes=host,
+            **saving,
         )
 
     def _communicators(self) -> int:
         """Groups of NCCL that a rank is in."""
         replicas = self._rendered.get("mesh", {}).get("dp_replicate", 1)
         return 0 if self._plan.world_size == 1 else 1 + (replicas > 1)
+
+
+def checkpoint_bytes(spec: Spec, groups: Sequence[Group]) -> int:
+    """The tensors of a checkpoint: fp32 masters, and two moments of what trains. Each rank writes an equal share."""
+    if spec.checkpoint is None:
+        return 0
+    sizes = {parameter.name: parameter.elements for parameter in parameters(spec.model)}
+    return sum(FLOAT * (1 if group.frozen else 3) * sizes[name] for group in groups for name in group.names)
 
 
 class _Curve:

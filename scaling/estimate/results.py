@@ -21,6 +21,10 @@ class MemoryEstimate:
     """Of the allocated peak: parameters, gradients, optimizer, activations, logits, communication, workspace."""
     host_bytes: int = 0
     """Host memory for what is offloaded."""
+    staging_bytes: int = 0
+    """Host memory for the copy of this rank's state that checkpoints are written from."""
+    checkpoint_bytes: int = 0
+    """A checkpoint on disk, over all ranks."""
 
 
 @dataclass(frozen=True)
