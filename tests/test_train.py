@@ -47,9 +47,12 @@ def reference(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("launcher", "backend"),
-    [("python", name) for name in BACKENDS if name != "single"]
-    + [("torchrun", name) for name in ("ddp", "fsdp", "zero2", "zero3")]
-    + [("deepspeed", name) for name in ("ddp", "fsdp", "zero1", "zero3")],
+    # Each launcher with each kind of backend, and each ZeRO stage once.
+    [
+        *(("python", name) for name in ("ddp", "fsdp", "zero1")),
+        *(("torchrun", name) for name in ("ddp", "fsdp", "zero2")),
+        *(("deepspeed", name) for name in ("ddp", "fsdp", "zero3")),
+    ],
 )
 def test_every_launcher_runs_every_backend(launcher, backend, tmp_path, reference):
     folder = tmp_path / "run"
