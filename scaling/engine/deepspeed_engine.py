@@ -205,11 +205,14 @@ def import_deepspeed(process: Process) -> Any:
     # It calls collectives by names that newer torch versions deprecate: hundreds of lines that nobody here can act on.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*is deprecated", category=FutureWarning)
     import deepspeed
+    from deepspeed.runtime import bf16_optimizer
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # The shared-memory op serves inference alone (`inference_all_reduce`); building it takes a compiler and 40 s at
     # the first start on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Four reports of memory on standard output, which no setting turns off.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     deepspeed.init_distributed(dist_backend="nccl" if process.device.type == "cuda" else "gloo", verbose=False)
     if process.local_rank == 0:
         remove_stale_locks(deepspeed.ops.op_builder.all_ops.ALL_OPS)
