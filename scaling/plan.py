@@ -17,9 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_command
+from scaling.estimate.formulas import formulas
+from scaling.estimate.memory import (
+    COMMUNICATOR_BYTES,
+    CONTEXT_BYTES,
+    FRAGMENTS,
+    FRAGMENTS_HIGH,
+    FRAGMENTS_LOW,
+)
 from scaling.estimate.report import PHASES, report
 from scaling.estimate.search import MARGIN, Candidate, Found, flags, known, search
+from scaling.groups import resolve_groups
 from scaling.hardware import GPU, GPUS, Cluster, load_hardware, parse_gpus
+from scaling.inventory import parameters
+from scaling.render import render
 from scaling.spec import Document, Spec, parse_spec, placed, read_document
 from scaling.units import GiB, format_bytes, format_count, format_seconds
 from scaling.view import PART_SIGNS, Bar, Sheet, print_sheet
@@ -299,23 +310,35 @@ TIME_WORDS = {"optimizer": "the update of the weights"}
 def _ledger(candidate: Candidate) -> list[Sheet]:
     """Memory at the peak and time of a step, line by line."""
     memory, duration = candidate.memory, candidate.time
-    rows = [[name, format_bytes(size), PART_WORDS.get(name, "")] for name, size in memory.parts.items()]
-    sums = [
-        ["allocated", memory.peak_allocated_bytes, f"their sum, in {memory.peak_phase}"],
-        ["reserved", memory.peak_reserved_bytes, "what the caching allocator takes for it"],
-        ["device", memory.device_used_bytes, "with the CUDA context and communicators: what nvidia-smi would show"],
-        ["at least", memory.low_bytes, "lower end of the band around it"],
-        ["at most", memory.high_bytes, "upper end, which must fit"],
-        ["host", memory.host_bytes, "of host memory, for what is offloaded"],
-        ["staging", memory.staging_bytes, "of host memory, for the copy that a checkpoint is written from"],
-        ["checkpoint", memory.checkpoint_bytes, "on disk, of all ranks; saving takes no more of the device"],
+    spec, ranks = candidate.spec, candidate.plan.world_size
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+    source = formulas(spec, groups, render(spec, ranks), ranks)
+    rows = [
+        [name, format_bytes(size), PART_WORDS.get(name, ""), source.get(name, "")]
+        for name, size in memory.parts.items()
     ]
-    rows += [[str(name), format_bytes(int(size)), str(what)] for name, size, what in sums]
+    around = f"CUDA context {format_bytes(CONTEXT_BYTES)}, each communicator {format_bytes(COMMUNICATOR_BYTES)}"
+    sums = [
+        ["allocated", memory.peak_allocated_bytes, f"their sum, in {memory.peak_phase}", ""],
+        ["reserved", memory.peak_reserved_bytes, "what the caching allocator takes for it", f"x {FRAGMENTS}"],
+        ["device", memory.device_used_bytes, "what nvidia-smi would show", around],
+        ["at least", memory.low_bytes, "lower end of the band around it", f"x {FRAGMENTS_LOW}"],
+        ["at most", memory.high_bytes, "upper end, which must fit", f"x {FRAGMENTS_HIGH}"],
+        ["host", memory.host_bytes, "host memory, for what is offloaded", "pinned; the engine's buffers included"],
+        ["staging", memory.staging_bytes, "host memory, the copy that is saved", f"the next line / {ranks}"],
+        [
+            "checkpoint",
+            memory.checkpoint_bytes,
+            "on disk; saving takes no more of the device",
+            "4 B frozen, 12 B trained",
+        ],
+    ]
+    rows += [[str(name), format_bytes(int(size)), str(what), str(how)] for name, size, what, how in sums]
     times = [
         [name, _duration(duration.parts.get(name)), TIME_WORDS.get(name, PART_WORDS.get(name, ""))] for name in PHASES
     ]
     times.append(["step", _duration(duration.step_seconds), "their sum: one optimizer step"])
-    columns = ["part", ">bytes", "what it is"]
+    columns = ["part", ">bytes", "what it is", "formula or source"]
     return [
         Sheet(f"memory of {_words(candidate)}", columns, rows),
         Sheet("time of one optimizer step", ["part", ">time", "what it is"], times),

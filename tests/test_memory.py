@@ -1,10 +1,12 @@
 """The memory of any micro-batch, from a few played steps, against the step itself played; and what stands around it."""
 
 import itertools
+import re
 
 import pytest
 
 from scaling.batch import resolve_batch
+from scaling.estimate.formulas import formulas
 from scaling.estimate.memory import MemoryModel
 from scaling.groups import resolve_groups
 from scaling.hardware import find_gpu
@@ -28,13 +30,17 @@ BACKENDS = {
 }
 
 
-def model_of(recipe, backend, *settings, gpu="H100-80GB"):
+def resolved(recipe, backend, *settings):
     world_size = 1 if backend == "single" else 8
     batch = 'batch={"global_batch_size": 512, "micro_batch_size": 1}'
     spec = load_spec(recipe, [f"backend={BACKENDS[backend]}", batch, *settings])
     groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
-    plan = resolve_batch(spec, world_size)
-    return MemoryModel(spec, groups, render(spec, world_size), plan, find_gpu(gpu)), plan
+    return spec, groups, resolve_batch(spec, world_size)
+
+
+def model_of(recipe, backend, *settings, gpu="H100-80GB"):
+    spec, groups, plan = resolved(recipe, backend, *settings)
+    return MemoryModel(spec, groups, render(spec, plan.world_size), plan, find_gpu(gpu)), plan
 
 
 def cut(plan, micro, accumulation):
@@ -81,6 +87,22 @@ def test_state_is_what_the_paper_says():
     zero = model_of("gpt2-124m", "zero2")[0].at(1, 1).parts
     assert zero["parameters"] == pytest.approx(2 * count, rel=1e-3)
     assert zero["optimizer"] == pytest.approx(12 * count / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("backend", ["single", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"])
+def test_the_formulas_told_are_what_is_held(backend, precision):
+    """ "4 B x 124,475,904 / 8; …": the played sizes, but for rows that are rounded up."""
+    frozen = 'param_groups=[{"name": "f", "match": ["layers.3.*"], "freeze": true}, {"name": "rest", "match": ["*"]}]'
+    spec, groups, plan = resolved("gpt2-124m", backend, frozen, f"precision={precision}")
+    rendered = render(spec, plan.world_size)
+    told = formulas(spec, groups, rendered, plan.world_size)
+    parts = MemoryModel(spec, groups, rendered, plan, find_gpu("H100-80GB")).at(4, 1).parts
+    for part in ("parameters", "optimizer"):
+        found = re.match(r"(\d+) B x ([\d,]+)(?: / (\d+))?;", told[part])
+        assert found is not None, told[part]
+        width, elements, shares = (int((number or "1").replace(",", "")) for number in found.groups())
+        assert width * elements / shares == pytest.approx(parts[part], rel=5e-3), told[part]
 
 
 def test_offloading_moves_state_to_the_host():

@@ -1,0 +1,88 @@
+"""Where each line of the memory ledger comes from: a formula for what is held throughout, a source for the rest."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from scaling.groups import Group
+from scaling.inventory import parameters
+from scaling.spec.sections import DDP, FSDP, CausalLM, DeepSpeed, Spec
+from scaling.units import WIDTHS
+
+FUSED_ADAMW = "torch/optim/adamw.py"
+FSDP2 = "torch/distributed/fsdp/_fully_shard"
+ZERO = {1: "deepspeed/runtime/zero/stage_1_and_2.py", 2: "deepspeed/runtime/zero/stage_1_and_2.py"}
+ZERO |= {3: "deepspeed/runtime/zero/stage3.py"}
+
+
+def formulas(spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], world_size: int) -> dict[str, str]:
+    """By part of the memory estimate. What is offloaded is on the host; what each rank holds whole is not divided."""
+    sizes = {parameter.name: parameter.elements for parameter in parameters(spec.model)}
+    trained = sum(sizes[name] for group in groups if not group.frozen for name in group.names)
+    width, everything = WIDTHS[spec.precision], sum(sizes.values())
+    match spec.backend:
+        case FSDP():
+            held = _fsdp(spec.backend, everything, trained, rendered["mesh"]["dp_shard"], width)
+        case DeepSpeed():
+            held = _zero(spec, spec.backend, everything, trained, rendered["zero_optimization"], world_size, width)
+        case _:
+            held = _whole(everything, trained, buckets=isinstance(spec.backend, DDP))
+    return held | {
+        "activations": f"op by op, checkpointing {spec.activation_checkpointing}: scaling/estimate/decoder.py",
+        "logits": _logits(spec),
+        "workspace": "op by op; 64 MiB of it cuBLAS's (aten/src/ATen/cuda/CublasHandlePool.cpp)",
+        "other": "loss, scale and counts",
+    }
+
+
+def _whole(everything: int, trained: int, *, buckets: bool) -> dict[str, str]:
+    return {
+        "parameters": _times(4, everything, "fp32, cast where they are used"),
+        "gradients": "views of the buckets" if buckets else _times(4, trained, "fp32"),
+        "optimizer": _times(8, trained, FUSED_ADAMW),
+        "communication": _times(4, trained, "buckets of torch/nn/parallel/distributed.py") if buckets else "",
+    }
+
+
+def _fsdp(backend: FSDP, everything: int, trained: int, shards: int, width: int) -> dict[str, str]:
+    kept = "one block and the next" if backend.reshard_after_forward else "all blocks"
+    held = {
+        "parameters": _times(4, everything, f"rows rounded up; {FSDP2}/_fsdp_param.py", shards),
+        "gradients": _times(4, trained, "fp32", shards),
+        "optimizer": _times(8, trained, FUSED_ADAMW, shards),
+    }
+    if backend.cpu_offload:
+        held = {name: f"on the host: {formula}; here what is under way" for name, formula in held.items()}
+    return held | {"communication": f"{kept} gathered, {width} B an element, and a flat copy: {FSDP2}"}
+
+
+def _zero(
+    spec: Spec, backend: DeepSpeed, everything: int, trained: int, zero: dict[str, Any], ranks: int, width: int
+) -> dict[str, str]:
+    stage, source = backend.zero_stage, ZERO[backend.zero_stage]
+    whole = stage == 1 and spec.precision == "bf16" and not backend.offload_optimizer
+    if whole:
+        source = "deepspeed/runtime/bf16_optimizer.py"
+    buckets = 2 if zero.get("overlap_comm") and stage < 3 else 1
+    held = {
+        "parameters": _times(width, everything, source, ranks if stage == 3 else 1),
+        "gradients": _times(4, trained, "fp32", 1 if whole else ranks),
+        "optimizer": _times(
+            12, trained, "fp32 masters and two moments (ZeRO, Rajbhandari et al., 2020, section 3)", ranks
+        ),
+        "communication": f"{buckets} x {zero['reduce_bucket_size']:,} elements, and what is gathered: {source}",
+    }
+    places = {"optimizer": backend.offload_optimizer, "gradients": backend.offload_optimizer}
+    for part, place in (places | {"parameters": backend.offload_parameters}).items():
+        if place:
+            held[part] = f"on the {'host' if place == 'cpu' else place}: {held[part]}; here what is under way"
+    return held
+
+
+def _logits(spec: Spec) -> str:
+    plain = isinstance(spec.objective, CausalLM) and spec.objective.cross_entropy == "plain"
+    return f"{'all rows at once' if plain else 'chunk by chunk'}: scaling/models/loss.py"
+
+
+def _times(width: int, elements: int, note: str, parts: int = 1) -> str:
+    share = f" / {parts}" if parts > 1 else ""
+    return f"{width} B x {elements:,}{share}; {note}"
