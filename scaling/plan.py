@@ -131,13 +131,11 @@ def _problem(spec: Spec, found: Found, options: Namespace) -> str | None:
 
 def _traces(spec: Spec, clusters: Sequence[Cluster], document: Document) -> list[dict[str, Any] | None]:
     """The spec as it stands, traced once for each number of ranks."""
-    try:
-        from scaling.trace import trace
+    from scaling.trace import trace
 
-        sizes = dict.fromkeys(cluster.world_size for cluster in clusters)
+    sizes = dict.fromkeys(cluster.world_size for cluster in clusters)
+    try:
         found = {world_size: trace(spec, world_size) for world_size in sizes}
-    except ModuleNotFoundError as error:
-        raise UserError(f"`--trace` must find {error.name} installed, but does not; pip install '.[train]'") from None
     except UserError as error:
         raise placed(error, document) from None
     return [found[cluster.world_size] for cluster in clusters]

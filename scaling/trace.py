@@ -7,6 +7,7 @@ Used by `python -m scaling.plan --trace`.
 """
 
 import contextlib
+import importlib.util
 import io
 import sys
 import time
@@ -44,6 +45,7 @@ def trace(spec: Spec, world_size: int) -> dict[str, Any]:
     job = resolve(spec.model_copy(update={"compile": False}), world_size)
     backend = job.rendered.get("zero_optimization", {})
     on_nvme = [part for part in ("offload_optimizer", "offload_param") if _place(backend, part) == "nvme"]
+    _check_installed(job)
     predicted = _ledger(job)
     if on_nvme and predicted["peak_allocated_bytes"] > REAL_BYTES:
         raise UserError(
@@ -56,6 +58,11 @@ def trace(spec: Spec, world_size: int) -> dict[str, Any]:
     measured = apart(traced, job, steps, MICRO_STEPS, not on_nvme)
     unseen = dict.fromkeys(("peak_reserved_bytes", "device_used_bytes", "low_bytes", "high_bytes", "host_bytes"))
     return {
+        "spec": spec.name,
+        "backend": spec.backend.model_dump(mode="json"),
+        "activation_checkpointing": spec.activation_checkpointing,
+        "precision": spec.precision,
+        "micro_batch_size": job.plan.micro_batch,
         "world_size": world_size,
         "kernels": "cpu",
         "tensors": "real" if on_nvme else "fake",
@@ -93,6 +100,12 @@ def traced(job: Job, steps: int, micro_steps: int | None = None, fake: bool = Tr
         with fake_tensors() if fake else contextlib.nullcontext(), meter:
             take_steps(job, process, meter, steps, micro_steps)
         return meter.report()
+
+
+def _check_installed(job: Job) -> None:
+    for package in ("torch", *(["deepspeed"] if "zero_optimization" in job.rendered else [])):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"`--trace` must find {package} installed, but does not; pip install '.[train]'")
 
 
 def _ledger(job: Job) -> dict[str, Any]:

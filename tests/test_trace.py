@@ -1,5 +1,6 @@
 """The tracer on tensors without values: against the same steps on real ones, and the ledger against it."""
 
+import importlib.util
 import json
 
 import pytest
@@ -53,7 +54,7 @@ def test_later_micro_steps_hold_no_more_than_the_second():
 
 
 def plan(*words):
-    settings = ['batch={"global_batch_size": 16, "micro_batch_size": 2}', "precision=bf16"]
+    settings = ['batch={"global_batch_size": 16, "micro_batch_size": 2}', "precision=bf16", 'backend={"kind": "ddp"}']
     sets = [word for setting in settings for word in ("--set", setting)]
     path = str(SPECS / "gpt-parity.json")
     return python("-m", "scaling.plan", "--spec", path, "--gpus", "8xH100-80GB", "--as-written", *sets, *words)
@@ -72,7 +73,7 @@ def test_the_planner_shows_the_trace_beside_its_estimate():
 
 
 def test_the_trace_is_a_table():
-    done = plan("--trace", "--set", 'backend={"kind": "ddp"}', "--set", "compile=true")
+    done = plan("--trace", "--set", "compile=true")
     assert done.returncode == 0, done.stderr[-2000:]
     told = done.stdout[done.stdout.index("traced: rank 0 of 8") :]
     assert "fake tensors" in told and "with a CPU's kernels" in told and "traced uncompiled" in told
@@ -89,6 +90,12 @@ def test_what_only_real_tensors_can_do_is_refused_where_it_is_large():
     with pytest.raises(UserError, match="`--trace` must") as refused:
         trace(spec, 8)
     assert "NVMe" in str(refused.value) and f"{REAL_BYTES // 2**30} GiB" in str(refused.value)
+
+
+def test_without_torch_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="must find torch installed"):
+        trace(load_spec("gpt2-124m"), 8)
 
 
 def test_values_that_code_must_know_are_made_up_and_all_is_put_back():

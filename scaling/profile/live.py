@@ -22,6 +22,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -143,8 +144,9 @@ class LiveBytes(TorchDispatchMode):
 
     def _spans_of(self, tensor: Tensor) -> list[_Span]:
         """What is known of the tensor's memory; nothing where it is on another device."""
-        # The tensor is asked, not its storage: that of a fake tensor is on the meta device, whatever it stands for.
-        if tensor.device.type != self._device:
+        # The storage of a fake tensor is on the meta device; asking such a tensor for its device costs a dispatch.
+        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        if device.type != self._device:
             return []
         return [self._span(storage) for storage in get_untyped_storages(tensor)]
 
