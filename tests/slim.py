@@ -3,8 +3,8 @@
     python tests/slim.py
 
 Installs this checkout without extras into a temporary environment, and there, from outside the checkout, runs what
-must work on a laptop: checking a spec, printing the schema, rendering, listing parameters, planning. Ends with exit code 1 at the first
-failure.
+must work on a laptop: checking a spec, printing the schema, rendering, listing parameters, planning. Ends with exit
+code 1 at the first failure.
 """
 
 import os
