@@ -2,8 +2,11 @@
 
     python -m scaling.plan --spec gpt2-124m --gpus 8xH100-80GB
     python -m scaling.plan --model llama3-8b --sequence-length 8192 --global-batch-size 512 --gpus 8xH200 --gpus 8xB200
+    python -m scaling.plan --spec llama-8b --gpus 8xH100-80GB --as-written --trace
 
-Every figure about memory and time is predicted. Exit code 2: the spec or the command line is wrong; 3: nothing fits.
+Every figure about memory and time is predicted. `--trace`, which needs torch but no GPU, takes steps of the real engine
+on tensors without values, and shows what they held beside what is predicted.
+Exit code 2: the spec or the command line is wrong; 3: nothing fits.
 """
 
 import dataclasses
@@ -55,14 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise placed(error, document) from None
     if options.as_written:
         _check_written(results)
+    traces = _traces(spec, clusters, document) if options.trace else [None] * len(clusters)
     if not quiet:
         for note in notes:
             print(note)
-        for found in results:
+        for found, traced in zip(results, traces, strict=True):
             _show(spec, found, options)
+            if traced is not None:
+                print_sheet(_traced(spec, found, traced))
+                print()
         if len(results) > 1:
             print_sheet(_comparison(spec, results, options.usd_per_gpu_hour))
-    _write(spec, document, results, options)
+    _write(spec, document, results, traces, options)
     missing = [_problem(spec, found, options) for found in results]
     if all(missing):
         raise DoesNotFit("\n".join(filter(None, missing)))
@@ -133,6 +140,18 @@ def _problem(spec: Spec, found: Found, options: Namespace) -> str | None:
     return nothing_fits(spec, found, options.margin)
 
 
+def _traces(spec: Spec, clusters: Sequence[Cluster], document: Document) -> list[dict[str, Any] | None]:
+    """The spec as it stands, traced once for each number of ranks."""
+    from scaling.trace import trace
+
+    sizes = dict.fromkeys(cluster.world_size for cluster in clusters)
+    try:
+        found = {world_size: trace(spec, world_size) for world_size in sizes}
+    except UserError as error:
+        raise placed(error, document) from None
+    return [found[cluster.world_size] for cluster in clusters]
+
+
 def _check_written(results: Sequence[Found]) -> None:
     """UserError where the spec as it stands cannot be estimated, which is all that was asked for."""
     for found in results:
@@ -144,9 +163,18 @@ def _check_written(results: Sequence[Found]) -> None:
 # ---------------------------------------------------------------- what is written
 
 
-def _write(spec: Spec, document: Document, results: Sequence[Found], options: Namespace) -> None:
+def _write(
+    spec: Spec,
+    document: Document,
+    results: Sequence[Found],
+    traces: Sequence[dict[str, Any] | None],
+    options: Namespace,
+) -> None:
     if options.json or options.html:
-        documents = [report(spec, found, options.margin) for found in results]
+        documents = [
+            report(spec, found, options.margin) | ({} if traced is None else {"traced": traced})
+            for found, traced in zip(results, traces, strict=True)
+        ]
         if options.json:
             text = json.dumps(documents[0] if len(documents) == 1 else documents, indent=1, allow_nan=False)
             if options.json == "-":
@@ -345,6 +373,36 @@ def _ledger(candidate: Candidate) -> list[Sheet]:
     ]
 
 
+def _traced(spec: Spec, found: Found, traced: dict[str, Any]) -> Sheet:
+    """What the real engine held on tensors without values, beside the ledger of the same kernels and of the GPU's."""
+    held, played = traced["memory"], traced["predicted"]
+    written = None if found.as_written is None else found.as_written.memory
+    peak = held["peak_allocated_bytes"]
+    rows: list[list[str]] = []
+    for part in dict.fromkeys((*PART_WORDS, *held["parts"], *played["parts"])):
+        sizes = (held["parts"].get(part, 0), played["parts"].get(part, 0))
+        on_gpu = 0 if written is None else written.parts.get(part, 0)
+        if any(sizes) or on_gpu:
+            off = format((sizes[1] - sizes[0]) / peak, "+.2%")
+            rows.append([part, *map(format_bytes, sizes), off, "n/a" if written is None else format_bytes(on_gpu)])
+    total = [held["peak_allocated_bytes"], played["peak_allocated_bytes"]]
+    on_gpu = "n/a" if written is None else format_bytes(written.peak_allocated_bytes)
+    rows.append(["all", *map(format_bytes, total), format(traced["predicted_to_traced"] - 1, "+.2%"), on_gpu])
+    phases = (held["peak_phase"], played["peak_phase"], "", "n/a" if written is None else written.peak_phase)
+    rows.append(["in", *phases])
+    title = (
+        f"traced: rank 0 of {traced['world_size']}, {traced['steps']} steps of {traced['micro_steps']} micro-steps on "
+        f"{traced['tensors']} tensors in {format_seconds(traced['seconds'])}, with a CPU's kernels"
+    )
+    caption = "off: ledger less traced, of the traced peak; " + ", ".join(
+        f"{phase} {format_bytes(size)}" for phase, size in traced["phases"].items()
+    )
+    if spec.compile:
+        caption += "; blocks are traced uncompiled, the GPU's ledger has them compiled"
+    heads = ["part", ">traced", ">ledger, same kernels", ">off", f">ledger, {found.cluster.gpu.name}"]
+    return Sheet(title, heads, rows, caption)
+
+
 def _comparison(spec: Spec, results: Sequence[Found], usd: float | None) -> Sheet:
     """The best of each machine beside each other."""
     rows: list[list[str]] = []
@@ -472,6 +530,7 @@ def _parser() -> CommandLine:
     add("--margin", type=_share, default=MARGIN, help="share of a card's memory left free (default %(default)s)")
     add("--top", type=positive, default=10, metavar="N", help="lines of the ranking (default %(default)s)")
     add("--as-written", action="store_true", help="estimate the spec as it stands, and nothing else")
+    add("--trace", action="store_true", help="also run the spec as it stands on tensors without values; needs torch")
     add("--explain", action="store_true", help="memory and time of the best candidate, part by part")
     add(
         "--json",

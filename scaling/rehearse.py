@@ -61,30 +61,44 @@ def main() -> int:
 
 def rehearse_all(cells: Iterable[dict[str, Any]], steps: int) -> Iterator[dict[str, Any]]:
     """Rehearse each cell ("spec", "world_size", "set", "steps") in a process of its own; its report, or "error"."""
-    # A server that has imported torch, and nothing that looks for a GPU, is forked for each.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop"])
     for cell in cells:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rehearse_cell, args=(cell, steps, sender))
-        process.start()
-        sender.close()
         try:
-            found = receiver.recv()
-        except EOFError:
-            process.join()
-            found = {"error": f"the process ended with exit code {process.exitcode}"}
-        process.join()
+            found = apart(_rehearse_cell, cell, steps)
+        except (UserError, ChildProcessError) as error:
+            found = {"error": str(error)}
         yield {"cell": cell, **found}
 
 
-def _rehearse_cell(cell: dict[str, Any], steps: int, sender: Any) -> None:
+def _rehearse_cell(cell: dict[str, Any], steps: int) -> dict[str, Any]:
+    job = resolve(load_spec(cell["spec"], cell.get("set", [])), cell["world_size"])
+    return rehearse(job, cell.get("steps", steps))
+
+
+def apart(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What `work` returns in a process of its own. Raises its UserError; ChildProcessError where it ends otherwise."""
+    # A server that has imported torch, and nothing that looks for a GPU, is forked for each.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, work, arguments))
+    process.start()
+    sender.close()
     try:
-        job = resolve(load_spec(cell["spec"], cell.get("set", [])), cell["world_size"])
-        found = rehearse(job, cell.get("steps", steps))
+        found, problem = receiver.recv()
+    except EOFError:
+        process.join()
+        raise ChildProcessError(f"the process ended with exit code {process.exitcode}") from None
+    process.join()
+    if problem is not None:
+        raise UserError(problem)
+    return found
+
+
+def _send(sender: Any, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
+    try:
+        sender.send((work(*arguments), None))
     except UserError as error:
-        found = {"error": str(error)}
-    sender.send(found)
+        sender.send((None, str(error)))
 
 
 def _cells(path: str) -> list[dict[str, Any]]:
@@ -184,8 +198,13 @@ def lines(report: dict[str, Any]) -> list[str]:
     return found
 
 
-def take_steps(job: Job, process: "Process", meter: "MemoryMeter", steps: int) -> list[float]:
-    """Build the engine and take steps of it on made-up tokens; the seconds of each."""
+def take_steps(
+    job: Job, process: "Process", meter: "MemoryMeter", steps: int, micro_steps: int | None = None
+) -> list[float]:
+    """Build the engine and take steps of it on made-up tokens; the seconds of each.
+
+    With `micro_steps` each step takes no more than so many of its micro-batches; all of them are there.
+    """
     import torch
 
     from scaling.engine.build import build_engine
@@ -207,7 +226,9 @@ def take_steps(job: Job, process: "Process", meter: "MemoryMeter", steps: int) -
         for _ in range(steps):
             gc.collect()
             began = time.perf_counter()
-            train_step(engine, objective, _micro_batches(job, process, meter), process, meter.clock, (False, False))
+            batches = _micro_batches(job, process, meter)
+            train_step(engine, objective, batches[:micro_steps], process, meter.clock, (False, False))
+            del batches  # before the next are made
             if process.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)

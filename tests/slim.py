@@ -3,8 +3,8 @@
     python tests/slim.py
 
 Installs this checkout without extras into a temporary environment, and there, from outside the checkout, runs what
-must work on a laptop: checking a spec, printing the schema, rendering, planning. Ends with exit code 1 at the first
-failure.
+must work on a laptop: checking a spec, printing the schema, rendering, listing parameters, planning. Ends with exit
+code 1 at the first failure.
 """
 
 import os
@@ -25,6 +25,7 @@ COMMANDS: dict[str, float | None] = {
     "scaling.spec schema": None,
     "scaling.spec validate gpt2-124m": 0.4,
     "scaling.render gpt2-124m --world-size 8": 0.4,
+    "scaling.inventory gpt2-124m": 0.4,
     "scaling.plan --spec gpt2-124m --gpus 8xH100-80GB --as-written": 0.4,
     # 720 sequences a rank can be cut in 30 ways: 990 candidates.
     'scaling.plan --spec llama-8b --gpus 8xH100-80GB --set batch={"global_batch_size":5760,"micro_batch_size":1}': 1.5,

@@ -20,7 +20,7 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 HEAVY = ("torch", "numpy", "deepspeed", "rich", "tokenizers", "transformers", "pynvml")
 ENTRY_POINTS = (
     *("scaling.train", "scaling.export", "scaling.parity", "scaling.plan"),
-    *("scaling.spec.__main__", "scaling.render.__main__", "scaling.calibrate.__main__"),
+    *("scaling.spec.__main__", "scaling.inventory.__main__", "scaling.render.__main__", "scaling.calibrate.__main__"),
 )
 """They load torch, if at all, only once the command line and the spec have been found right."""
 

@@ -1,9 +1,15 @@
 """The torch-free inventory against the real module, and the FLOPs formula against torch's counter."""
 
+import json
+import math
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import SPECS as FILES
+from processes import python
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +20,7 @@ from scaling.spec import load_spec
 from scaling.spec.sections import Decoder as DecoderSpec
 from scaling.spec.source import recipes
 
+PARITY = FILES / "gpt-parity.json"
 SIZES = dict(
     kind="decoder",
     vocab_size=61,
@@ -184,3 +191,38 @@ def test_flops_of_gpt2_are_six_per_parameter_and_attention() -> None:
     spec = load_spec("gpt2-124m").model
     matrices = 124_475_904 - 1024 * 768 - sum(p.elements for p in parameters(spec) if len(p.shape) == 1)
     assert train_flops_per_token(spec, 1024) == 6 * matrices + 12 * 12 * 768 * 1024
+
+
+# ---------------------------------------------------------------- the command
+
+
+def inventory(*words: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "scaling.inventory", str(PARITY), *words)
+
+
+def test_the_command_lists_every_parameter_with_its_group(tmp_path: Path) -> None:
+    out = tmp_path / "inventory.json"
+    done = inventory("--json", str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    model = meta_decoder(load_spec(str(PARITY)).model)
+    real = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    assert {row["name"]: row["shape"] for row in found["parameters"]} == real
+    for row in found["parameters"]:
+        assert row["bytes"] == 4 * row["elements"] == 4 * math.prod(row["shape"])
+        assert row["frozen"] == row["name"].startswith("layers.1.") == (row["group"] == "frozen")
+        assert row["name"] in done.stdout
+    trained = sum(row["elements"] for row in found["parameters"] if not row["frozen"])
+    total = sum(math.prod(shape) for shape in real.values())
+    assert found["elements"] == {"total": total, "trained": trained} and 0 < trained < total
+    assert sum(group["elements"] for group in found["groups"]) == total
+
+
+def test_json_in_place_of_the_table() -> None:
+    assert json.loads(inventory("--json").stdout)["spec"] == "gpt-parity"
+
+
+@pytest.mark.parametrize("words", [["--set", "model.hidden_size=33"], ["--json", "/nowhere/x.json"], ["--jason"]])
+def test_mistakes_are_told_in_one_message(words: list[str]) -> None:
+    done = inventory(*words)
+    assert done.returncode == 2 and done.stderr and "Traceback" not in done.stderr

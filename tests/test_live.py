@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from scaling.profile.live import LiveBytes
@@ -70,6 +71,17 @@ def test_a_storage_that_is_resized_changes_what_it_costs(live):
 def test_other_devices_do_not_count(live):
     keep = torch.empty(1000, device="meta")
     assert live.live == {} and len(keep) == 1000
+
+
+def test_fake_tensors_count_as_what_they_stand_for():
+    with FakeTensorMode(), LiveBytes(CPU, rounding=1) as live:
+        weight, elsewhere = torch.empty(1000, 1000), torch.empty(1000, device="meta")
+        del elsewhere
+        product = weight @ weight
+        assert live.live == {"other": 2 * 4_000_000} and live.peak.bytes == 8_000_000
+        del product
+        weight.untyped_storage().resize_(0)
+        assert live.live == {}
 
 
 def mlp(width):

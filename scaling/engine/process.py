@@ -48,8 +48,8 @@ class Process:
 
     def gather_objects(self, value: T) -> list[T]:
         """`value` of every rank, in the order of ranks; a collective call through the host."""
-        if self.world_size == 1:
-            return [value]
+        if self.world_size == 1 or dist.get_backend() == "fake":  # a rehearsal: every rank is this one
+            return [value] * self.world_size
         everyone = [value] * self.world_size
         dist.all_gather_object(everyone, value)
         return everyone
@@ -105,12 +105,15 @@ def process_from_environment(timeout_s: float = TIMEOUT_S) -> Iterator[Process]:
 
 
 @contextlib.contextmanager
-def rehearsed_process(world_size: int) -> Iterator[Process]:
-    """Be rank 0 of as many ranks, the others of which do not exist: collectives return at once, with own values."""
+def rehearsed_process(world_size: int, device: torch.device | None = None) -> Iterator[Process]:
+    """Be rank 0 of as many ranks, the others of which do not exist: collectives return at once, with own values.
+
+    On `device`, which is a GPU if there is one.
+    """
     # Importing it makes the backend "fake" known.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    process = Process(0, world_size, 0, world_size, _device(0))
+    process = Process(0, world_size, 0, world_size, device or _device(0))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         yield process

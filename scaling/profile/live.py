@@ -22,6 +22,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -82,9 +83,8 @@ class LiveBytes(TorchDispatchMode):
     def label(self, category: str, tensors: Iterable[Tensor], of: Collection[str] | None = None) -> None:
         """Say what these tensors are, and have always been; `of`: if they were one of these categories."""
         for tensor in tensors:
-            for storage in get_untyped_storages(tensor):
-                known = self._span(storage)
-                if known is not None and (of is None or known.label.category in of):
+            for known in self._spans_of(tensor):
+                if of is None or known.label.category in of:
                     known.label.category = category
 
     def rename(self, category: str, new: str) -> None:
@@ -119,7 +119,10 @@ class LiveBytes(TorchDispatchMode):
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
             """FSDP2 frees gathered parameters like this, past the dispatcher."""
             result = resize(storage, size)
-            if (known := self._span(storage)) is not None and known.bytes != self._rounded(storage.nbytes()):
+            if storage.device.type == self._device:
+                self._span(storage)
+            _, known = self._known.get(storage._cdata, (None, None))
+            if known is not None and known.bytes != self._rounded(storage.nbytes()):
                 self._end(storage._cdata)
                 self._begin(storage, known.label)
             return result
@@ -136,14 +139,19 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                for storage in get_untyped_storages(leaf):
-                    self._span(storage)
+                self._spans_of(leaf)
         return result
 
-    def _span(self, storage: torch.UntypedStorage) -> _Span | None:
-        """What is known of a storage, from now on at the latest; None for one on another device."""
-        if storage.device.type != self._device:
-            return None
+    def _spans_of(self, tensor: Tensor) -> list[_Span]:
+        """What is known of the tensor's memory; nothing where it is on another device."""
+        # The storage of a fake tensor is on the meta device; asking such a tensor for its device costs a dispatch.
+        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        if device.type != self._device:
+            return []
+        return [self._span(storage) for storage in get_untyped_storages(tensor)]
+
+    def _span(self, storage: torch.UntypedStorage) -> _Span:
+        """What is known of a storage, from now on at the latest."""
         if storage._cdata not in self._known:
             self._begin(storage, _Label(self._category))
         return self._known[storage._cdata][1]

@@ -1,0 +1,131 @@
+"""`python -m scaling.inventory SPEC`: every parameter of a spec's model, without torch.
+
+Name, shape, elements, bytes in fp32 (as masters and checkpoints hold them) and the group that it is in.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scaling.errors import CommandLine, UserError, run_command
+from scaling.groups import Group, group_of, resolve_groups
+from scaling.inventory import Parameter, parameters
+from scaling.spec import Spec, parse_spec, placed, read_document
+from scaling.units import format_bytes, format_count
+from scaling.view import Sheet, print_sheet
+
+SCHEMA_VERSION = 1
+FP32 = 4
+"""Bytes of one element."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    document = read_document(options.spec, options.set)
+    spec = parse_spec(document)
+    found = parameters(spec.model)
+    try:
+        groups = resolve_groups(spec.param_groups, spec.optimizer, found)
+    except UserError as error:
+        raise placed(error, document) from None
+    if options.json != "-":
+        print_sheet(_parameters_sheet(spec, found, groups))
+        print()
+        print_sheet(_groups_sheet(groups))
+    if options.json:
+        _write(options.json, json.dumps(inventory_report(spec, found, groups), indent=1))
+    return 0
+
+
+def inventory_report(spec: Spec, found: Sequence[Parameter], groups: Sequence[Group]) -> dict[str, Any]:
+    """The inventory as plain JSON values."""
+    owners = group_of(groups)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "spec": spec.name,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "shape": list(parameter.shape),
+                "elements": parameter.elements,
+                "bytes": parameter.elements * FP32,
+                "group": owners[parameter.name].name,
+                "frozen": owners[parameter.name].frozen,
+            }
+            for parameter in found
+        ],
+        "groups": [
+            {
+                "name": group.name,
+                "tensors": group.tensors,
+                "elements": group.parameters,
+                "bytes": group.parameters * FP32,
+                "frozen": group.frozen,
+            }
+            for group in groups
+        ],
+        "elements": {"total": _elements(groups), "trained": _elements(groups, frozen=False)},
+    }
+
+
+def _elements(groups: Sequence[Group], *, frozen: bool = True) -> int:
+    return sum(group.parameters for group in groups if frozen or not group.frozen)
+
+
+def _parameters_sheet(spec: Spec, found: Sequence[Parameter], groups: Sequence[Group]) -> Sheet:
+    owners = group_of(groups)
+    rows = [
+        [
+            parameter.name,
+            " x ".join(f"{size:,}" for size in parameter.shape),
+            f"{parameter.elements:,}",
+            format_bytes(parameter.elements * FP32),
+            owners[parameter.name].name,
+            _word(owners[parameter.name]),
+        ]
+        for parameter in found
+    ]
+    return Sheet(f"parameters of {spec.name}", ["name", ">shape", ">elements", ">fp32", "group", ""], rows)
+
+
+def _groups_sheet(groups: Sequence[Group]) -> Sheet:
+    trained, total = _elements(groups, frozen=False), _elements(groups)
+    sums = [("trained", trained), ("frozen", total - trained), ("all", total)]
+    rows = [
+        [group.name, str(group.tensors), f"{group.parameters:,}", format_bytes(group.parameters * FP32), _word(group)]
+        for group in groups
+    ]
+    caption = ", ".join(f"{name} {format_count(count)} ({format_bytes(count * FP32)})" for name, count in sums)
+    return Sheet("groups", ["group", ">tensors", ">elements", ">fp32", ""], rows, caption)
+
+
+def _word(group: Group) -> str:
+    return "frozen" if group.frozen else "trained"
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        print(text)
+        return
+    try:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"`--json` must be a file that can be written, but {path[:200]} is not: {reason}") from None
+
+
+def _parser() -> CommandLine:
+    parser = CommandLine(prog="python -m scaling.inventory", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("spec", metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field; repeatable")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="as JSON, in FILE or in place of the table"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
