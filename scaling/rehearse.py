@@ -19,7 +19,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,11 +59,17 @@ def main() -> int:
     return 0
 
 
-def rehearse_all(cells: Iterable[dict[str, Any]], steps: int) -> Iterator[dict[str, Any]]:
-    """Rehearse each cell ("spec", "world_size", "set", "steps") in a process of its own; its report, or "error"."""
+def rehearse_all(
+    cells: Iterable[dict[str, Any]], steps: int, *, preload: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Rehearse each cell ("spec", "world_size", "set", "steps") in a process of its own; its report, or "error".
+
+    `preload`: further modules that many of them need.
+    """
     # A server that has imported torch, and nothing that looks for a GPU, is forked for each.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop"])
+    modules = ["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop", *preload]
+    context.set_forkserver_preload(modules)
     for cell in cells:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_rehearse_cell, args=(cell, steps, sender))
@@ -195,7 +201,7 @@ def take_steps(job: Job, process: "Process", meter: "MemoryMeter", steps: int) -
 
     spec = job.spec
     objective = build_objective(spec.objective, job.allow_import)
-    recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
+    recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
     with meter.phase("build"):
         engine = build_engine(spec, job.rendered, recipe, job.groups, process)
         with meter.category("optimizer"), engine.loading(engine.counters()):

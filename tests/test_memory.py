@@ -32,7 +32,7 @@ def model_of(recipe, backend, *settings, gpu="H100-80GB"):
     world_size = 1 if backend == "single" else 8
     batch = 'batch={"global_batch_size": 512, "micro_batch_size": 1}'
     spec = load_spec(recipe, [f"backend={BACKENDS[backend]}", batch, *settings])
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
     plan = resolve_batch(spec, world_size)
     return MemoryModel(spec, groups, render(spec, world_size), plan, find_gpu(gpu)), plan
 

@@ -10,7 +10,7 @@ from scaling.estimate.ops import FLOAT, Ops
 from scaling.estimate.tape import Leaf, Node, Refilled, Storage, Tape, Value
 from scaling.estimate.torch_engines import Single
 from scaling.groups import Group
-from scaling.inventory import Parameter, tied
+from scaling.inventory import ADAPTERS, Parameter, tied
 from scaling.records import BatchPlan
 from scaling.spec.sections import Spec
 
@@ -370,6 +370,8 @@ class ZeRO3(Single):
         self.waiting: list[_Hooked] = []
         self.filled = 0
         self.tied = tied(spec.model)
+        self.adapted = spec.lora.targets(spec.model) if spec.lora else ()
+        """Last names of linear layers with an adapter: what has their weights is a module inside."""
         self.leaf_modules = spec.compile or spec.activation_checkpointing == "selective"
         super().__init__(ops, spec, groups, rendered, plan)
 
@@ -420,7 +422,9 @@ class ZeRO3(Single):
         """The module whose hooks gather a parameter: its own, or its block where blocks are gathered whole."""
         if self.leaf_modules and name.startswith("layers."):
             return ".".join(name.split(".")[:2])
-        return name.rpartition(".")[0]
+        module = name.rpartition(".")[0]
+        last = module.rpartition(".")[2]
+        return f"{module}.base_layer" if last in self.adapted else f"{module}.default" if last in ADAPTERS else module
 
     def read(self, name: str) -> Value:
         return Value(self.whole[name], self.sizes[name], self.leaves.get(name))
