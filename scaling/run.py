@@ -330,7 +330,7 @@ def _initial_weights(spec: Spec, process: "Process") -> "WeightSource | None":
     assert isinstance(found, Path)
     logger.info(f"weights from {found}, with a fresh optimizer")
     try:
-        return open_weights(found, spec.model)
+        return open_weights(found, spec.model, spec.lora)
     except CheckpointError as error:
         error.shared = True
         raise
@@ -344,8 +344,9 @@ def _first_state(engine: "Engine", start: Path | None, weights: "WeightSource | 
         return restore(engine, start)
     with engine.loading(engine.counters()):
         if weights is not None:
+            names = weights.names()  # without adapters, if those are to begin afresh
             for shard in engine.state():
-                if shard.kind == "master":
+                if shard.kind == "master" and shard.name in names:
                     shard.values.copy_(weights.read(shard.name, shard.start, shard.values.numel()))
             weights.close()
     return Progress()

@@ -78,7 +78,7 @@ def main() -> None:
 @contextlib.contextmanager
 def built(spec, process: Process) -> Iterator[tuple[Engine, ModelRecipe]]:
     groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
-    recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
+    recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
     engine = build_engine(spec, render(spec, process.world_size), recipe, groups, process)
     yield engine, recipe
     engine.close()

@@ -264,11 +264,8 @@ def _zero3(step: Step, backend: DeepSpeed) -> Costs:
     everyone = ring(step.cluster, world)
     near = zero["zero_hpz_partition_size"]
     again = ring(step.cluster, near) if near > 1 else everyone
-    calls = (
-        1
-        if step.spec.compile or step.spec.activation_checkpointing == "selective"
-        else _modules(step.spec.model, step.spec.lora)
-    )
+    at_once = step.spec.compile or step.spec.activation_checkpointing == "selective"  # blocks, not their modules
+    calls = 1 if at_once else _modules(step.spec.model, step.spec.lora)
     overlap = zero["overlap_comm"]  # without it everything is on one stream
     # What is used again within the distance is kept: the blocks around the turn from forward to backward pass.
     kept = min(zero["stage3_max_reuse_distance"] / 2, zero["stage3_max_live_parameters"]) / step.work.elements

@@ -35,8 +35,8 @@ class ModelRecipe:
 
 
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer", "default")
-"""Attributes under which DDP, torch.compile, checkpoint wrappers, FSDP1 and peft's layers hold what they wrap; "default"
-is peft's name of an adapter."""
+"""Attributes under which DDP, torch.compile, checkpoint wrappers, FSDP1 and peft's layers hold what they wrap;
+"default" is peft's name of an adapter."""
 
 
 def canonical_name(name: str) -> str:
