@@ -52,7 +52,7 @@ def assignment(lora: Lora) -> str:
     return f"lora={lora.model_dump_json()}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield Process(0, 1, 0, 1, torch.device("cpu"))
