@@ -373,6 +373,11 @@ class ZeRO3(Single):
         self.adapted = spec.lora.targets(spec.model) if spec.lora else ()
         """Last names of linear layers with an adapter: what has their weights is a module inside."""
         self.leaf_modules = spec.compile or spec.activation_checkpointing == "selective"
+        self.asked: list[Value] = []
+        """Inputs of blocks that a gradient is asked for (`_ask_for_gradient` of the engine): the loop's variable for the
+        loss keeps them and their gradients until there is another loss."""
+        self.asked_before: list[Value] = []
+        """Those of the micro-step before."""
         super().__init__(ops, spec, groups, rendered, plan)
 
     def leaf(self, parameter: Parameter) -> Leaf:
@@ -403,6 +408,9 @@ class ZeRO3(Single):
                     self.sub_groups.append(count)
                     count = 0
         total, held = sum(self.sub_groups), self.ops.held
+        # Blocks that ask for a gradient of their input.
+        trained = {".".join(name.split(".")[:2]) for name in self.leaves} if self.leaf_modules else set[str]()
+        self.asking = {name for name in trained if name.startswith("layers.")}
         away, offloads = "offload_param" in self.zero, self.offloads
         self.held_state = [held(total, self.width, "parameters", on_host=away)]
         for name in self.sizes.keys() - self.leaves.keys():
@@ -441,6 +449,9 @@ class ZeRO3(Single):
         if not self.hooked(module):
             return value
         self.fetch(module)
+        if value is not None and value.node is None and module in self.asking:
+            value = Value(value.storage, value.elements, Leaf(self.tape, category=None))
+            self.asked.append(value)
         if value is None or value.node is None:
             return value
 
@@ -453,6 +464,8 @@ class ZeRO3(Single):
     def leave(self, module: str, value: Value) -> Value:
         if not self.hooked(module):
             return value
+        if not module:
+            self.asked_before = []
         self.release(module)
         if value.node is None:
             return value
@@ -462,6 +475,9 @@ class ZeRO3(Single):
             return [gradient]
 
         return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+
+    def begin(self, *, last: bool) -> None:
+        self.asked_before, self.asked = self.asked, []
 
     def begin_pass(self) -> None:
         """`reset_step`: what is still under way ends, and the queue of parameters to come begins anew."""
@@ -629,3 +645,4 @@ class ZeRO3(Single):
             gradient = None if self.offloads else Storage(self.tape, FLOAT * count, "gradients")
             del gradient
         self.fetch_persistent()
+        self.asked = []
