@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaling.inventory import blocks, head_dim, is_adapter
-from scaling.models.lora import fill_adapter, insert_adapters
+from scaling.models.lora import adapter_inserter, fill_adapter
 from scaling.models.loss import summed_cross_entropy
 from scaling.models.recipe import ModelRecipe
 from scaling.spec.sections import CausalLM, Factory, Lora
@@ -23,11 +23,12 @@ def decoder_recipe(
 ) -> ModelRecipe:
     """The recipe of a decoder for `objective`, with the adapters of `lora` in it."""
     chunked = isinstance(objective, Factory) or objective.cross_entropy == "chunked"
+    insert = adapter_inserter(lora, lora.targets(spec)) if lora is not None else None
 
     def build() -> nn.Module:
         model = Decoder(spec, chunked=chunked)
-        if lora is not None:
-            insert_adapters(model, lora, lora.targets(spec))
+        if insert is not None:
+            insert(model)
         return model
 
     def fill(name: str, value: Tensor, generator: torch.Generator) -> None:
