@@ -374,8 +374,8 @@ class ZeRO3(Single):
         """Last names of linear layers with an adapter: what has their weights is a module inside."""
         self.leaf_modules = spec.compile or spec.activation_checkpointing == "selective"
         self.asked: list[Value] = []
-        """Inputs of blocks that a gradient is asked for (`_ask_for_gradient` of the engine): the loop's variable for the
-        loss keeps them and their gradients until there is another loss."""
+        """Inputs of blocks that a gradient is asked for (`_ask_for_gradient` of the engine): what the loop calls `loss`
+        keeps them and their gradients until there is another loss."""
         self.asked_before: list[Value] = []
         """Those of the micro-step before."""
         super().__init__(ops, spec, groups, rendered, plan)
