@@ -136,7 +136,7 @@ def _write(job: Any, process: Any, folder: Path, repeats: int) -> dict[str, Any]
     from scaling.models.decoder import decoder_recipe
 
     spec = job.spec
-    recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
+    recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
     engine = build_engine(spec, job.rendered, recipe, job.groups, process)
     with engine.loading(engine.counters()):
         pass

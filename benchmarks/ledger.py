@@ -1,6 +1,7 @@
 """The ledger of scaling/estimate against live tensors, over configurations drawn by a seeded generator.
 
     python -m benchmarks.ledger --configurations 200 --seed 7 --out benchmarks/results/ledger-cpu.json
+    python -m benchmarks.ledger --configurations 75 --seed 7 --lora 1 --out benchmarks/results/ledger-lora-cpu.json
 
 Each configuration is rehearsed on this CPU (rank 0 of its ranks, a few steps for real, live bytes counted) and played
 by the ledger. Exit code 0 where the peak is within 1 % at the median and 3 % at worst, and no part of it is off by more
@@ -57,7 +58,8 @@ BACKENDS: dict[str, dict[str, Any]] = {
 def main() -> int:
     options = _parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        cells = list(draw(options.configurations, options.seed, options.backends.split(","), Path(folder)))
+        backends = options.backends.split(",")
+        cells = list(draw(options.configurations, options.seed, backends, Path(folder), lora=options.lora))
         shares = [cells[first :: options.jobs] for first in range(options.jobs)]
         with ThreadPoolExecutor(options.jobs) as pool:
             rows = [row for found in pool.map(_compare, shares) for row in found]
@@ -65,7 +67,13 @@ def main() -> int:
     result = summary(rows)
     print(json.dumps(result))
     if options.out:
-        document = {"seed": options.seed, "environment": environment(1, "cpu"), **result, "rows": rows}
+        document = {
+            "seed": options.seed,
+            "lora": options.lora,
+            "environment": environment(1, "cpu"),
+            **result,
+            "rows": rows,
+        }
         Path(options.out).write_text(json.dumps(document, indent=1) + "\n")
     return 0 if result["good"] else 1
 
@@ -81,7 +89,7 @@ def _compare(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def compare(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """For each cell, how far the played peak is from the counted one, and each of its parts from its own."""
-    for report in rehearse_all(cells, STEPS):
+    for report in rehearse_all(cells, STEPS, preload=["peft"] if any("lora" in cell["name"] for cell in cells) else []):
         cell = report["cell"]
         row: dict[str, Any] = {"name": cell["name"], "world_size": cell["world_size"]}
         if "error" in report:
@@ -125,9 +133,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**found, "good": good}
 
 
-def draw(count: int, seed: int, backends: list[str], folder: Path) -> Iterator[dict[str, Any]]:
-    """Configurations, each with its spec written to `folder`; the backends take turns."""
-    chance = random.Random(seed)
+def draw(count: int, seed: int, backends: list[str], folder: Path, *, lora: float = 0.0) -> Iterator[dict[str, Any]]:
+    """Configurations, each with its spec written to `folder`; the backends take turns.
+
+    A share of `lora` of them has adapters, which a generator of their own draws: all else is as without.
+    """
+    chance, chance_of_lora = random.Random(seed), random.Random(f"{seed} lora")
     for number in range(count):
         name = backends[number % len(backends)]
         backend, world_size = dict(BACKENDS[name]), chance.choice([1, 2, 3, 4, 8, 16, 64])
@@ -136,6 +147,8 @@ def draw(count: int, seed: int, backends: list[str], folder: Path) -> Iterator[d
         if name == "hsdp":
             world_size = chance.choice([2, 4, 8, 64])
         spec = {"model": _model(chance), "backend": backend, **_rest(chance, world_size)}
+        if lora and chance_of_lora.random() < lora:
+            spec["lora"] = _lora(chance_of_lora, spec["model"])
         path = folder / f"{number}.json"
         path.write_text(json.dumps(spec))
         told = f"{number} {name} x{world_size} " + json.dumps({k: v for k, v in spec.items() if k != "data"})
@@ -165,6 +178,19 @@ def _model(chance: random.Random) -> dict[str, Any]:
     }
 
 
+def _lora(chance: random.Random, model: dict[str, Any]) -> dict[str, Any]:
+    """Adapters of at least one layer in attention: drawn groups may freeze all MLPs."""
+    gate = ["gate_proj"] if model["activation"] == "swiglu" else []
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", *gate, "up_proj", "down_proj"]
+    some = sorted({chance.choice(layers[:4]), *chance.sample(layers, chance.randint(1, len(layers)))})
+    return {
+        "rank": chance.choice([1, 4, 8, 16, 33]),
+        "alpha": chance.choice([8, 16, 32]),
+        "dropout": chance.choice([0.0, 0.0, 0.1]),
+        "target_modules": chance.choice([["q_proj", "v_proj"], some, some, "all-linear"]),
+    }
+
+
 def _rest(chance: random.Random, world_size: int) -> dict[str, Any]:
     micro, accumulation = chance.choice([1, 2, 4]), chance.choice([1, 1, 2, 3])
     frozen = chance.choice([[], [], ["embed*"], ["layers.0.*"], ["embed*", "layers.0.*"], ["layers.*.mlp.*"]])
@@ -190,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--configurations", type=int, default=200)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--backends", default=",".join(BACKENDS), help=f"of {','.join(BACKENDS)}")
+    parser.add_argument("--lora", type=float, default=0.0, help="share of configurations with adapters (default 0)")
     parser.add_argument("--jobs", type=int, default=1, help="rehearsals at a time")
     parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
     return parser

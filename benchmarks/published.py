@@ -241,7 +241,7 @@ def predict_memory(run: Run) -> MemoryEstimate:
     """Of the first spec, played as the run's own code has it."""
     spec = run.specs[0]
     plan = resolve_batch(spec, run.world_size)
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
     rendered = render(spec, run.world_size)
     return MemoryModel(spec, groups, rendered, plan, run.cluster.gpu, cast=run.cast).at(
         plan.micro_batch, plan.accumulation
@@ -317,7 +317,7 @@ def predict_time(run: Run) -> TimeEstimate:
 
 def _estimate(run: Run, spec: Spec) -> TimeEstimate:
     plan = resolve_batch(spec, run.world_size)
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
     return estimate_time(spec, plan, groups, render(spec, run.world_size), run.cluster)
 
 

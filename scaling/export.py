@@ -1,10 +1,14 @@
 """Weights out of a checkpoint: safetensors, in Hugging Face's layout where one of its models computes the same.
 
     python -m scaling.export RUN_DIR_OR_CHECKPOINT --to DIR [--which latest|best|STEP] [--dtype fp32|bf16]
+                             [--merge | --base | --adapters]
 
 One process, no GPU, one tensor in memory at a time. DIR then loads with transformers'
 `AutoModelForCausalLM.from_pretrained(DIR)`, and `initialize_from` takes it too. A decoder that is no GPT-2, Llama,
 Qwen2 or Qwen3 keeps its own names; `initialize_from` takes those as well.
+
+Of a run with `lora` the weights are those with the adapters merged into them (--merge, the default), those without
+(--base), or the adapters alone (--adapters), which `peft.PeftModel.from_pretrained(base, DIR)` loads.
 """
 
 import argparse
@@ -19,21 +23,23 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from scaling.checkpoint.huggingface import CONFIG, OWN_CONFIG, Stored, family, layout, render_config
 from scaling.checkpoint.store import free_bytes, sync_folder, write_synced
 from scaling.data.progress import progress_in_bytes
 from scaling.errors import CheckpointError, CommandLine, StorageError, positive, run_command
 from scaling.inventory import parameters
+from scaling.spec.sections import Decoder
 from scaling.units import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong command line is refused before
     from torch import Tensor
 
-    from scaling.checkpoint.weights import CheckpointWeights
+    from scaling.checkpoint.weights import CheckpointWeights, WeightSource
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+Part = Literal["merged", "base", "adapters"]
 SHARD_BYTES = 5 * 10**9
 """Largest file, as transformers has it."""
 _TOKENIZER_BYTES = 1 << 28
@@ -67,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"`RUN_DIR_OR_CHECKPOINT` must be a run folder or a checkpoint of this project, but {source} is none; "
             "look for folders named step-*"
         )
-    found = export(source, to, dtype=options.dtype, shard_bytes=options.shard_size_mb * 10**6)
+    found = export(source, to, dtype=options.dtype, shard_bytes=options.shard_size_mb * 10**6, part=options.part)
     layout = f"Hugging Face's {found.family} layout" if found.family else "our own names (no Hugging Face model fits)"
     count = f"{found.tensors} tensors, {format_bytes(found.bytes)} in {options.dtype}, {found.files} file(s)"
     print(f"{source} -> {to}: {layout}; {count}")
@@ -76,9 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(checkpoint: Path, to: Path, *, dtype: str = "fp32", shard_bytes: int = SHARD_BYTES) -> Exported:
+def export(
+    checkpoint: Path, to: Path, *, dtype: str = "fp32", shard_bytes: int = SHARD_BYTES, part: Part = "merged"
+) -> Exported:
     """Write the weights of a checkpoint, verified before, into the folder `to`, which must be empty or absent.
 
+    `part`: of weights with adapters, which.
     What makes the folder loadable is written last; after an error, or a kill, it holds nothing that could be taken for
     a model. Raises CheckpointError for the checkpoint and StorageError for the folder.
     """
@@ -87,11 +96,16 @@ def export(checkpoint: Path, to: Path, *, dtype: str = "fp32", shard_bytes: int 
     to = _destination(to)
     with closing(CheckpointWeights(checkpoint)) as weights:
         _check_complete(weights, checkpoint)
+        if weights.lora is None and part != "merged":
+            raise CheckpointError(f"`--{part}` must be absent for a run without `lora`, but is given; drop it")
         made = not to.exists()
         incomplete = to / f".incomplete-{uuid.uuid4().hex[:8]}"
         try:
             os.makedirs(incomplete)
-            found = _write_all(weights, incomplete, DTYPES[dtype], shard_bytes)
+            if part == "adapters":
+                found = _write_adapters(weights, incomplete, DTYPES[dtype])
+            else:
+                found = _write_all(weights, incomplete, DTYPES[dtype], shard_bytes, merged=part == "merged")
             _publish(incomplete, to)
             return found
         except BaseException as error:
@@ -120,17 +134,20 @@ def _publish(incomplete: Path, to: Path) -> None:
         raise
 
 
-def _write_all(weights: "CheckpointWeights", folder: Path, dtype: str, shard_bytes: int) -> Exported:
+def _write_all(weights: "CheckpointWeights", folder: Path, dtype: str, shard_bytes: int, *, merged: bool) -> Exported:
     import torch
 
+    from scaling.checkpoint.adapters import BaseWeights, MergedWeights
+
     model = weights.model
-    model_type = family(model)
-    stored = layout(model, "own" if model_type is None else "gpt2" if model_type == "gpt2" else "llama")
-    assert stored is not None, "the family has a word for every part"
+    model_type, stored = _layout(model)
     total = sum(math.prod(tensor.shape) for tensor in stored) * getattr(torch, dtype).itemsize
     if free_bytes(folder) < total:
         raise OSError(f"{format_bytes(total)} are needed, {format_bytes(free_bytes(folder))} are free")
-    files = _write_tensors(weights, stored, folder, dtype, shard_bytes)
+    source: WeightSource = weights
+    if weights.lora is not None:
+        source = MergedWeights(weights, weights.lora) if merged else BaseWeights(weights)
+    files = _write_tensors(source, stored, folder, dtype, shard_bytes)
     end_of_text, notes = _copy_tokenizer(weights.spec, folder)
     if model_type is None:
         document = {"format_version": 1, "model": model.model_dump(mode="json")}
@@ -140,18 +157,37 @@ def _write_all(weights: "CheckpointWeights", folder: Path, dtype: str, shard_byt
     return Exported(model_type, len(stored), total, files, notes)
 
 
+def _write_adapters(weights: "CheckpointWeights", folder: Path, dtype: str) -> Exported:
+    import torch
+
+    from scaling.checkpoint.adapters import write_adapters
+
+    assert weights.lora is not None
+    model_type, stored = _layout(weights.model)
+    tensors, size = write_adapters(weights, weights.lora, stored, model_type, folder, getattr(torch, dtype))
+    return Exported(model_type, tensors, size, 1, ("adapters alone: peft puts them into the model of --base",))
+
+
+def _layout(model: Decoder) -> tuple[str | None, tuple[Stored, ...]]:
+    """The `model_type` of the Hugging Face model that computes the same, if there is one, and its tensors."""
+    model_type = family(model)
+    stored = layout(model, "own" if model_type is None else "gpt2" if model_type == "gpt2" else "llama")
+    assert stored is not None, "the family has a word for every part"
+    return model_type, stored
+
+
 def _check_complete(weights: "CheckpointWeights", checkpoint: Path) -> None:
     from scaling.checkpoint.weights import mismatch
 
     found = {name: weights.shape(name) for name in weights.names()}
-    if problem := mismatch(found, {p.name: p.shape for p in parameters(weights.model)}):
+    if problem := mismatch(found, {p.name: p.shape for p in parameters(weights.model, weights.lora)}):
         raise CheckpointError(
             f"`{checkpoint}` must hold every weight of its model and no other, but {problem}; use another checkpoint"
         )
 
 
 def _write_tensors(
-    weights: "CheckpointWeights", stored: Sequence[Stored], folder: Path, dtype: str, shard_bytes: int
+    weights: "WeightSource", stored: Sequence[Stored], folder: Path, dtype: str, shard_bytes: int
 ) -> int:
     """The tensors in as many files as it takes, with an index where there are several; returns their number."""
     import torch
@@ -187,7 +223,7 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _parts(weights: "CheckpointWeights", tensor: Stored, dtype: Any) -> "Iterator[Callable[[], Tensor]]":
+def _parts(weights: "WeightSource", tensor: Stored, dtype: Any) -> "Iterator[Callable[[], Tensor]]":
     """Functions that read the parts of a tensor, in order."""
     if tensor.transposed:
         yield partial(_transposed, weights, tensor, dtype)
@@ -196,7 +232,7 @@ def _parts(weights: "CheckpointWeights", tensor: Stored, dtype: Any) -> "Iterato
         yield partial(weights.read, member.name, 0, member.elements)
 
 
-def _transposed(weights: "CheckpointWeights", tensor: Stored, dtype: Any) -> "Tensor":
+def _transposed(weights: "WeightSource", tensor: Stored, dtype: Any) -> "Tensor":
     import torch
 
     found = torch.empty(tensor.shape, dtype=dtype)
@@ -281,6 +317,13 @@ def _parser() -> CommandLine:
     parser.add_argument(
         "--shard-size-mb", type=positive, default=SHARD_BYTES // 10**6, metavar="MB", help="largest file (default 5000)"
     )
+    adapters = parser.add_mutually_exclusive_group()
+    for name, part, told in (
+        ("--merge", "merged", "weights with the adapters of `lora` merged into them (default)"),
+        ("--base", "base", "weights without them"),
+        ("--adapters", "adapters", "the adapters alone, in peft's layout"),
+    ):
+        adapters.add_argument(name, dest="part", action="store_const", const=part, default="merged", help=told)
     return parser
 
 

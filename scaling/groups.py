@@ -12,6 +12,8 @@ from scaling.spec.sections import AdamW, ParamGroup
 
 UNDECAYED = "/undecayed"
 """Suffix of the part of a group that weight decay leaves out (`optimizer.decay: "matrices"`)."""
+BASE = "lora/base"
+"""The group of what adapters are put in; no rule can have this name."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,16 @@ def resolve_groups(
 ) -> tuple[Group, ...]:
     """The groups that train `parameters` by `rules`, in the rules' order, empty ones left out.
 
+    Parameters that are `frozen` are a group of their own, the first, whatever rule they match.
     Raises UserError for a glob that matches no parameter at all, and for a parameter that no rule matches. A rule all
     of whose parameters were taken by earlier rules is empty, not wrong: it is dropped (see `empty_groups`).
     """
     parameters = tuple(parameters)
     assigned = _assign(rules, parameters)
     found: list[Group] = []
+    if base := [parameter for parameter in parameters if parameter.frozen]:
+        names, elements = tuple(p.name for p in base), sum(p.elements for p in base)
+        found.append(Group(BASE, names, elements, lr=None, weight_decay=None, betas=None, frozen=True))
     for rule, members in zip(rules, assigned, strict=True):
         split = optimizer.decay == "matrices" and not rule.freeze
         decayed = [p for p in members if not split or len(p.shape) >= 2]
@@ -79,7 +85,7 @@ def _assign(rules: Sequence[ParamGroup], parameters: Sequence[Parameter]) -> lis
                     f"did you mean {_near(glob, parameters)}?"
                 )
     assigned: list[list[Parameter]] = [[] for _ in rules]
-    for parameter in parameters:
+    for parameter in (parameter for parameter in parameters if not parameter.frozen):
         owner = next((i for i, some in enumerate(patterns) if any(p.match(parameter.name) for p in some)), None)
         if owner is None:
             raise UserError(

@@ -84,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for outcome in outcomes:
         if outcome.error is not None:
             _say(f"{outcome.backend} on {outcome.world_size} ranks failed: {outcome.error}")
-    if spec.model.dropout:
-        _say("note: dropout is on, whose masks differ between world sizes; set model.dropout=0 to compare")
+    for field, on in (("model.dropout", spec.model.dropout), ("lora.dropout", spec.lora and spec.lora.dropout)):
+        if on:
+            _say(f"note: dropout is on, whose masks differ between world sizes; set {field}=0 to compare")
     if options.json:
         Path(options.json).write_text(json.dumps(report(spec, curves, outcomes, tolerance), indent=2) + "\n")
     return 0 if agree(outcomes, tolerance) else 1

@@ -339,7 +339,7 @@ def _ledger(candidate: Candidate) -> list[Sheet]:
     """Memory at the peak and time of a step, line by line."""
     memory, duration = candidate.memory, candidate.time
     spec, ranks = candidate.spec, candidate.plan.world_size
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
     source = formulas(spec, groups, render(spec, ranks), ranks)
     rows = [
         [name, format_bytes(size), PART_WORDS.get(name, ""), source.get(name, "")]

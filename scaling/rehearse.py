@@ -19,7 +19,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,11 +59,16 @@ def main() -> int:
     return 0
 
 
-def rehearse_all(cells: Iterable[dict[str, Any]], steps: int) -> Iterator[dict[str, Any]]:
-    """Rehearse each cell ("spec", "world_size", "set", "steps") in a process of its own; its report, or "error"."""
+def rehearse_all(
+    cells: Iterable[dict[str, Any]], steps: int, *, preload: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Rehearse each cell ("spec", "world_size", "set", "steps") in a process of its own; its report, or "error".
+
+    `preload`: further modules that many of them need.
+    """
     for cell in cells:
         try:
-            found = apart(_rehearse_cell, cell, steps)
+            found = apart(_rehearse_cell, cell, steps, preload=preload)
         except (UserError, ChildProcessError) as error:
             found = {"error": str(error)}
         yield {"cell": cell, **found}
@@ -74,11 +79,15 @@ def _rehearse_cell(cell: dict[str, Any], steps: int) -> dict[str, Any]:
     return rehearse(job, cell.get("steps", steps))
 
 
-def apart(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What `work` returns in a process of its own. Raises its UserError; ChildProcessError where it ends otherwise."""
+def apart(work: Callable[..., dict[str, Any]], *arguments: Any, preload: Sequence[str] = ()) -> dict[str, Any]:
+    """What `work` returns in a process of its own. Raises its UserError; ChildProcessError where it ends otherwise.
+
+    `preload`: further modules that it and later ones need.
+    """
     # A server that has imported torch, and nothing that looks for a GPU, is forked for each.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop"])
+    modules = ["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop", *preload]
+    context.set_forkserver_preload(modules)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, work, arguments))
     process.start()
@@ -214,7 +223,7 @@ def take_steps(
 
     spec = job.spec
     objective = build_objective(spec.objective, job.allow_import)
-    recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
+    recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
     with meter.phase("build"):
         engine = build_engine(spec, job.rendered, recipe, job.groups, process)
         with meter.category("optimizer"), engine.loading(engine.counters()):

@@ -69,7 +69,7 @@ def resolve(spec: Spec, world_size: int, allow_import: Sequence[str] = ()) -> Jo
         check_allowed(spec.objective.target, allow_import, "objective.target")
     plan = resolve_batch(spec, world_size)
     scale = lr_scale(spec.lr_scaling, world_size=world_size, global_batch=plan.global_batch)
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model), lr_scale=scale)
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora), lr_scale=scale)
     return Job(spec, plan, render(spec, world_size), groups, scale, tuple(allow_import))
 
 
@@ -102,7 +102,7 @@ def run(
     identity = _identity(job, process, dataset.fingerprint)
     start = None if resume is None else _starting_point(job, process, resume, identity)
     weights = _initial_weights(spec, process) if start is None else None
-    recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
+    recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
     engine = build_engine(spec, job.rendered, recipe, job.groups, process)
     with closing(engine):
         progress = _first_state(engine, start, weights)
@@ -262,7 +262,7 @@ def _identity(job: Job, process: "Process", data: str) -> dict[str, Any]:
 
     return {
         "spec": redacted_json(job.spec.to_json()),
-        "shapes": {p.name: list(p.shape) for p in parameters(job.spec.model)},
+        "shapes": {p.name: list(p.shape) for p in parameters(job.spec.model, job.spec.lora)},
         "trainable": [name for group in job.groups if not group.frozen for name in group.names],
         "global_batch": job.plan.global_batch,
         "sequence_length": job.plan.sequence_length,
@@ -330,7 +330,7 @@ def _initial_weights(spec: Spec, process: "Process") -> "WeightSource | None":
     assert isinstance(found, Path)
     logger.info(f"weights from {found}, with a fresh optimizer")
     try:
-        return open_weights(found, spec.model)
+        return open_weights(found, spec.model, spec.lora)
     except CheckpointError as error:
         error.shared = True
         raise
@@ -344,8 +344,9 @@ def _first_state(engine: "Engine", start: Path | None, weights: "WeightSource | 
         return restore(engine, start)
     with engine.loading(engine.counters()):
         if weights is not None:
+            names = weights.names()  # without adapters, if those are to begin afresh
             for shard in engine.state():
-                if shard.kind == "master":
+                if shard.kind == "master" and shard.name in names:
                     shard.values.copy_(weights.read(shard.name, shard.start, shard.values.numel()))
             weights.close()
     return Progress()
@@ -383,7 +384,7 @@ def _number_of_steps(spec: Spec, plan: BatchPlan, samples: int) -> int:
 
 def _flops_per_token(job: Job) -> float:
     frozen = {name for group in job.groups if group.frozen for name in group.names}
-    return train_flops_per_token(job.spec.model, job.plan.sequence_length, frozen)
+    return train_flops_per_token(job.spec.model, job.plan.sequence_length, frozen, job.spec.lora)
 
 
 def _peak_flops(spec: Spec, process: "Process") -> float | None:

@@ -103,7 +103,8 @@ def traced(job: Job, steps: int, micro_steps: int | None = None, fake: bool = Tr
 
 
 def _check_installed(job: Job) -> None:
-    for package in ("torch", *(["deepspeed"] if "zero_optimization" in job.rendered else [])):
+    needed = ("torch", *["deepspeed"] * ("zero_optimization" in job.rendered), *["peft"] * (job.spec.lora is not None))
+    for package in needed:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"`--trace` must find {package} installed, but does not; pip install '.[train]'")
 

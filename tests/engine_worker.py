@@ -77,8 +77,8 @@ def main() -> None:
 
 @contextlib.contextmanager
 def built(spec, process: Process) -> Iterator[tuple[Engine, ModelRecipe]]:
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
-    recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
+    recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
     engine = build_engine(spec, render(spec, process.world_size), recipe, groups, process)
     yield engine, recipe
     engine.close()
@@ -90,7 +90,7 @@ def built(spec, process: Process) -> Iterator[tuple[Engine, ModelRecipe]]:
 
 
 def observe(engine: Engine, recipe: ModelRecipe, process: Process, spec) -> dict:
-    shapes = {p.name: torch.Size(p.shape) for p in parameters(spec.model)}
+    shapes = {p.name: torch.Size(p.shape) for p in parameters(spec.model, spec.lora)}
     seen: dict = {"trained": sorted(name for names in engine.live_names() for name in names)}
 
     fresh = snapshot(engine, shapes)
@@ -156,7 +156,7 @@ class Reference:
 
 def make_reference(engine: Engine, process: Process, spec) -> Reference:
     """A state in which the frozen parameters have other values than at the start, and are no 16-bit numbers."""
-    shapes = {p.name: torch.Size(p.shape) for p in parameters(spec.model)}
+    shapes = {p.name: torch.Size(p.shape) for p in parameters(spec.model, spec.lora)}
     trained = {name for names in engine.live_names() for name in names}
     ids = some_ids(process, spec)
     stale = [evaluate(engine, ids)]
@@ -175,7 +175,7 @@ def make_reference(engine: Engine, process: Process, spec) -> Reference:
 
 def take_over(engine: Engine, reference: Reference, process: Process, spec) -> dict:
     """Go on from the state of the first engine, on a freshly built one."""
-    shapes = {p.name: torch.Size(p.shape) for p in parameters(spec.model)}
+    shapes = {p.name: torch.Size(p.shape) for p in parameters(spec.model, spec.lora)}
     load(engine, reference.state)
     seen: dict = {"takes_over": equal(reference.state, snapshot(engine, shapes))}
     seen["losses"] = next_losses(engine, some_ids(process, spec))

@@ -21,6 +21,6 @@ def torchrun(world_size: int, *arguments: str, timeout: float = 240) -> subproce
     return run("torchrun", f"--nproc_per_node={world_size}", *rendezvous, *arguments, timeout=timeout)
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """`python …`."""
-    return run(sys.executable, *arguments)
+    return run(sys.executable, *arguments, timeout=timeout)

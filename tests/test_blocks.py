@@ -103,7 +103,7 @@ def test_one_compilation_serves_all_blocks(mode, dtype):
 
 def test_compute_in_casts_what_is_read_and_nothing_else():
     spec, model = build(dtype=torch.bfloat16)
-    assert [name for name, _ in model.named_parameters()] == [p.name for p in parameters(spec.model)]
+    assert [name for name, _ in model.named_parameters()] == [p.name for p in parameters(spec.model, spec.lora)]
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert model.state_dict()["norm.weight"].dtype == torch.float32
     assert model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16

@@ -45,7 +45,7 @@ def played(activation: str, checkpointing: str) -> float:
     found: dict[tuple[int, int], int] = {}
     for layers in (3, 4):
         spec = spec_of(activation, checkpointing, layers)
-        groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+        groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
         for micro in (8, 16):
             plan = BatchPlan(2 * micro, micro, 1, 2, LENGTH)
             found[layers, micro] = play(spec, plan, groups, render(spec, 2), cuda=True).peak.parts["activations"]

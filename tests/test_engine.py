@@ -56,7 +56,7 @@ def _id(value):
 def test_engine(observed, case, name):
     seen = observed(case, name)
     spec = load_spec(str(SPECS / f"{case[0]}.json"))
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
     trained = sorted(name for group in groups if not group.frozen for name in group.names)
 
     assert seen["complete"], "state() must cover every parameter"

@@ -30,6 +30,7 @@ from scaling.models.decoder import Decoder, decoder_recipe
 from scaling.parity import BACKENDS
 from scaling.spec import load_spec
 from scaling.spec.sections import Decoder as DecoderSpec
+from scaling.spec.sections import Lora
 
 FAMILIES = [
     pytest.param("gpt2", decoder_spec(**GPT2), id="gpt2"),
@@ -53,7 +54,14 @@ def process():
 
 
 def write_checkpoint(
-    folder: Path, process: Process, spec: DecoderSpec, values: dict[str, Tensor], *, step: int = 3, data: Any = None
+    folder: Path,
+    process: Process,
+    spec: DecoderSpec,
+    values: dict[str, Tensor],
+    *,
+    step: int = 3,
+    data: Any = None,
+    lora: Lora | None = None,
 ) -> Path:
     """A checkpoint of these weights as some ranks would have left it: cut in uneven ranges, moments beside them."""
     state: dict[str, Any] = dict.fromkeys(("samples_seen", "tokens_seen", "global_batch", "sequence_length", "seed"), 1)
@@ -61,6 +69,7 @@ def write_checkpoint(
     state |= {"format_version": 1, "step": step, "skipped": [], "trainable": [], "counters": {}, "shapes": shapes}
     state |= {"best": None, "data": "", "origin": None}
     document = {"model": spec.model_dump(mode="json"), "data": data or {"kind": "synthetic", "sequence_length": 8}}
+    document |= {"lora": lora.model_dump(mode="json")} if lora else {}
     shards = [FlatShard(next(iter(values)), "exp_avg", 7, 0, torch.ones(7))]
     for name, value in values.items():
         flat, third = value.detach().reshape(-1), value.numel() // 3 + 1

@@ -34,7 +34,7 @@ def resolved(recipe, backend, *settings):
     world_size = 1 if backend == "single" else 8
     batch = 'batch={"global_batch_size": 512, "micro_batch_size": 1}'
     spec = load_spec(recipe, [f"backend={BACKENDS[backend]}", batch, *settings])
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
     return spec, groups, resolve_batch(spec, world_size)
 
 

@@ -48,7 +48,7 @@ def estimate(
     batch = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
     spec = load_spec(recipe, [f"{key}={json.dumps(value)}" for key, value in ({"batch": batch} | changes).items()])
     plan = resolve_batch(spec, cluster.world_size)
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
     return estimate_time(spec, plan, groups, render(spec, cluster.world_size), cluster)
 
 

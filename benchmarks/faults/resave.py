@@ -26,7 +26,7 @@ def main() -> None:
     spec = load_spec(options.spec, options.set)
     with process_from_environment() as process:
         job = resolve(spec, process.world_size)
-        recipe = decoder_recipe(spec.model, spec.objective, spec.seed)
+        recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
         with closing(build_engine(spec, job.rendered, recipe, job.groups, process)) as engine:
             for name, path in json.loads(Path(options.checkpoints).read_text()).items():
                 progress = restore(engine, Path(path))

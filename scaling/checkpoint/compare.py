@@ -12,7 +12,7 @@ _HARMLESS = (
 )
 """Fields that leave the curve as it is, or (batch, data) whose effect is compared by what comes of it, not by words."""
 _CONTINUES = (
-    *("model.dropout", "optimizer.*", "param_groups*", "lr_scaling.*", "schedule.*", "precision"),
+    *("model.dropout", "lora.dropout", "optimizer.*", "param_groups*", "lr_scaling.*", "schedule.*", "precision"),
     *("max_steps", "epochs", "max_grad_norm"),
 )
 """Fields after whose change the curve goes on otherwise."""
@@ -54,7 +54,7 @@ def compare(saved: Mapping[str, Any], today: Mapping[str, Any], allow: Collectio
             found.continues.append(change)
         elif change.field != "seed" and not change.field.startswith("data."):
             otherwise = "train it in another run folder"
-            if not change.field.startswith("model"):
+            if not change.field.startswith(("model", "lora")):
                 otherwise += " with `initialize_from`, which takes over the weights alone"
             found.impossible.append(_refusal(change, otherwise))
     if not found.impossible:

@@ -32,7 +32,7 @@ from scaling.checkpoint.store import BEST, LATEST, MANIFEST, Store, problems_of
 from scaling.errors import CheckpointError, UserError
 from scaling.inventory import parameters, tied
 from scaling.run_folder import CHECKPOINTS
-from scaling.spec.sections import Decoder
+from scaling.spec.sections import Decoder, Lora
 
 logger = logging.getLogger("scaling")
 
@@ -119,28 +119,43 @@ def _whole(folder: Path, problems: Callable[[Path], list[str]]) -> Path:
 # ---------------------------------------------------------------- opening
 
 
-def open_weights(path: Path, model: Decoder) -> WeightSource:
+def open_weights(path: Path, model: Decoder, lora: Lora | None = None) -> WeightSource:
     """The weights in `path`, as `find_weights` gave it, for a model that has exactly these.
 
+    With `lora` they are what adapters are put in; a checkpoint with the same adapters gives those too.
     CheckpointError where names, shapes or what is computed with them differ from `model`; nothing of a tensor's size
     is read before (but for a head that the model has tied: it must equal the embedding).
     """
     with reading(path):
         if is_checkpoint(path):
-            return _open_checkpoint(path, model)
+            return _open_checkpoint(path, model, lora)
         files = TensorFiles(files_of(path))
         if path.is_dir():
             _check_config(path, model)
         return _open_files(path, files, model)
 
 
-def _open_checkpoint(path: Path, model: Decoder) -> WeightSource:
+def _open_checkpoint(path: Path, model: Decoder, lora: Lora | None) -> WeightSource:
     source = CheckpointWeights(path)
+    if source.lora is not None:
+        _check_adapters(path, source.lora, model, lora)
     _check_behaviour(path, behaviour(source.model), model, "export it and name its .safetensors file")
     found = {name: source.shape(name) for name in source.names()}
     spare = _spare_head(found, model, source.read, "embed_tokens.weight")
-    _check_shapes(path, found, {p.name: p.shape for p in parameters(model)}, model, spare)
+    _check_shapes(path, found, {p.name: p.shape for p in parameters(model, source.lora and lora)}, model, spare)
     return source
+
+
+def _check_adapters(path: Path, found: Lora, model: Decoder, lora: Lora | None) -> None:
+    """CheckpointError where the weights in `path` have other adapters than `lora`, or `lora` is none."""
+    have, want = ((one.rank, one.alpha, one.targets(model)) for one in (found, lora or found))
+    if lora is None or have != want:
+        told = f"rank {found.rank}, alpha {found.alpha:g}, {', '.join(have[2])}"
+        raise CheckpointError(
+            f"`lora` must be as in the weights of `initialize_from` ({told} in {path}), but is "
+            + (f"rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(want[2])}" if lora else "null")
+            + "; set it or, to start from those weights with the adapters merged, export them and name the export"
+        )
 
 
 def _open_files(path: Path, files: TensorFiles, model: Decoder) -> WeightSource:
@@ -260,6 +275,14 @@ def parse_model(path: Path, section: Any) -> Decoder:
     raise CheckpointError(f"`{path}` must hold a `model` as specs have it, but does not; use another checkpoint")
 
 
+def _parse_lora(path: Path, section: Any) -> Lora | None:
+    if section is None:
+        return None
+    with suppress(ValueError, RecursionError):
+        return Lora.model_validate_json(json.dumps(section))
+    raise CheckpointError(f"`{path}` must hold `lora` as specs have it, but does not; use another checkpoint")
+
+
 class CheckpointWeights:
     """The fp32 weights of a checkpoint of ours."""
 
@@ -268,6 +291,8 @@ class CheckpointWeights:
         self.spec: dict[str, Any] = self._reader.state["spec"]
         """As resolved when the checkpoint was written."""
         self.model = parse_model(folder, self.spec.get("model"))
+        self.lora = _parse_lora(folder, self.spec.get("lora"))
+        """Of the adapters among the weights; None where there are none."""
         self._shapes = dict(self._named_shapes(folder))
 
     def names(self) -> Collection[str]:

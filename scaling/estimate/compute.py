@@ -73,6 +73,7 @@ def block_passes(
     if mixed:
         backward += attention_seconds(model, tokens, sequence, rates, backward=True)
     moved, moved_back, small = _pointwise(model, compiled=compiled)
+    moved, moved_back, small = _with_adapters(block, moved, moved_back, small, compiled=compiled)
     pointwise = rates.width / 2 * moved * tokens / rates.hbm
     large = len(block.products) + 1
     ahead = Pass(forward + attention + pointwise, large + small)
@@ -123,6 +124,18 @@ def _product_backward(product: Product, tokens: int, rates: Rates) -> float:
     if product.trains:
         seconds += product_seconds(product.outputs, tokens, product.inputs, rates)
     return seconds
+
+
+def _with_adapters(
+    block: Block, forward: float, backward: float, kernels: int, *, compiled: bool
+) -> tuple[float, float, int]:
+    """The same as `_pointwise` gives, and what adapters add: a scaling, a sum, and a sum of gradients of the input."""
+    for inputs, outputs in block.adapters:
+        # Eager: read and write; read two, write one. Compiled: read two, write one. Backward the scaling and the sum.
+        forward += (6 if compiled else 10) * outputs
+        backward += 4 * outputs + 6 * inputs
+        kernels += 1 if compiled else 2
+    return forward, backward, kernels
 
 
 @cached

@@ -6,7 +6,7 @@ from typing import Protocol
 from scaling.estimate.ops import FLOAT, LONG, Ops
 from scaling.estimate.tape import Gradients, Storage, Value
 from scaling.inventory import head_dim
-from scaling.spec.sections import Decoder
+from scaling.spec.sections import Decoder, Lora
 
 CHUNK_ELEMENTS = 2**25
 """As scaling/models/loss.py."""
@@ -31,8 +31,12 @@ class PlayedDecoder:
         chunked: bool = True,
         checkpointing: str = "none",
         compiled: bool = False,
+        lora: Lora | None = None,
     ) -> None:
         self.model = model
+        self.lora = lora
+        self.adapted = lora.targets(model) if lora else ()
+        """Last names of the linear layers that have an adapter."""
         self.ops = ops
         self.hooks = hooks
         self.chunked = chunked
@@ -120,8 +124,28 @@ class PlayedDecoder:
         return self.ops.layer_norm(name, hidden, self.model.hidden_size, self.model.bias)
 
     def linear(self, name: str, hidden: Value, outputs: int, bias: bool) -> Value:
-        """One projection."""
+        """One projection, with its adapter if it has one."""
+        if name.rpartition(".")[2] in self.adapted:
+            return self.wrapped(name, hidden, lambda name, hidden: self.adapted_linear(name, hidden, outputs, bias))
         return self.wrapped(name, hidden, lambda name, hidden: self.ops.linear(name, hidden, outputs, bias))
+
+    def adapted_linear(self, name: str, hidden: Value, outputs: int, bias: bool) -> Value:
+        """Linear.forward of peft/tuners/lora/layer.py. Adapters have the type of their layer, so nothing is cast."""
+        ops, lora = self.ops, self.lora
+        assert lora is not None
+
+        def product(part: str, inner: Value, columns: int) -> Value:
+            own = f"{name}.{part}"
+            return self.wrapped(f"{own}.default", inner, lambda _, inner: ops.linear(own, inner, columns, False))
+
+        base = self.wrapped(f"{name}.base_layer", hidden, lambda _, hidden: ops.linear(name, hidden, outputs, bias))
+        ops.read(f"{name}.lora_A.weight")  # its type is asked for
+        drop = ops.dropout if lora.dropout else lambda inner: inner
+        inner = self.wrapped(f"{name}.lora_dropout.default", hidden, lambda _, hidden: drop(hidden))
+        inner = product("lora_A", inner, lora.rank)
+        inner = product("lora_B", inner, outputs)
+        inner = ops.times(inner)  # alpha / rank
+        return ops.add(base, inner)
 
     def attention(self, name: str, hidden: Value) -> Value:
         """Attention.forward."""

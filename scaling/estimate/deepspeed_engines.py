@@ -10,7 +10,7 @@ from scaling.estimate.ops import FLOAT, Ops
 from scaling.estimate.tape import Leaf, Node, Refilled, Storage, Tape, Value
 from scaling.estimate.torch_engines import Single
 from scaling.groups import Group
-from scaling.inventory import Parameter, tied
+from scaling.inventory import ADAPTERS, Parameter, tied
 from scaling.records import BatchPlan
 from scaling.spec.sections import Spec
 
@@ -370,7 +370,14 @@ class ZeRO3(Single):
         self.waiting: list[_Hooked] = []
         self.filled = 0
         self.tied = tied(spec.model)
+        self.adapted = spec.lora.targets(spec.model) if spec.lora else ()
+        """Last names of linear layers with an adapter: what has their weights is a module inside."""
         self.leaf_modules = spec.compile or spec.activation_checkpointing == "selective"
+        self.asked: list[Value] = []
+        """Inputs of blocks that a gradient is asked for (`_ask_for_gradient` of the engine): what the loop calls `loss`
+        keeps them and their gradients until there is another loss."""
+        self.asked_before: list[Value] = []
+        """Those of the micro-step before."""
         super().__init__(ops, spec, groups, rendered, plan)
 
     def leaf(self, parameter: Parameter) -> Leaf:
@@ -401,6 +408,9 @@ class ZeRO3(Single):
                     self.sub_groups.append(count)
                     count = 0
         total, held = sum(self.sub_groups), self.ops.held
+        # Blocks that ask for a gradient of their input.
+        trained = {".".join(name.split(".")[:2]) for name in self.leaves} if self.leaf_modules else set[str]()
+        self.asking = {name for name in trained if name.startswith("layers.")}
         away, offloads = "offload_param" in self.zero, self.offloads
         self.held_state = [held(total, self.width, "parameters", on_host=away)]
         for name in self.sizes.keys() - self.leaves.keys():
@@ -420,7 +430,9 @@ class ZeRO3(Single):
         """The module whose hooks gather a parameter: its own, or its block where blocks are gathered whole."""
         if self.leaf_modules and name.startswith("layers."):
             return ".".join(name.split(".")[:2])
-        return name.rpartition(".")[0]
+        module = name.rpartition(".")[0]
+        last = module.rpartition(".")[2]
+        return f"{module}.base_layer" if last in self.adapted else f"{module}.default" if last in ADAPTERS else module
 
     def read(self, name: str) -> Value:
         return Value(self.whole[name], self.sizes[name], self.leaves.get(name))
@@ -437,6 +449,9 @@ class ZeRO3(Single):
         if not self.hooked(module):
             return value
         self.fetch(module)
+        if value is not None and value.node is None and module in self.asking:
+            value = Value(value.storage, value.elements, Leaf(self.tape, category=None))
+            self.asked.append(value)
         if value is None or value.node is None:
             return value
 
@@ -449,6 +464,8 @@ class ZeRO3(Single):
     def leave(self, module: str, value: Value) -> Value:
         if not self.hooked(module):
             return value
+        if not module:
+            self.asked_before = []
         self.release(module)
         if value.node is None:
             return value
@@ -458,6 +475,9 @@ class ZeRO3(Single):
             return [gradient]
 
         return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+
+    def begin(self, *, last: bool) -> None:
+        self.asked_before, self.asked = self.asked, []
 
     def begin_pass(self) -> None:
         """`reset_step`: what is still under way ends, and the queue of parameters to come begins anew."""
@@ -625,3 +645,4 @@ class ZeRO3(Single):
             gradient = None if self.offloads else Storage(self.tape, FLOAT * count, "gradients")
             del gradient
         self.fetch_persistent()
+        self.asked = []

@@ -5,8 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from scaling.estimate.caching import cached
-from scaling.inventory import blocks, head_dim, parameters
-from scaling.spec.sections import Decoder
+from scaling.inventory import ADAPTERS, blocks, head_dim, parameters
+from scaling.spec.sections import Decoder, Lora
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Block:
     """What one transformer block computes, and what autograd knows of it."""
 
     products: tuple[Product, ...]
-    """q, k, v, o, then the MLP's."""
+    """q, k, v, o, then the MLP's; those of an adapter after the layer that it is of."""
     query: bool
     """A gradient flows into the queries, and so on."""
     key: bool
@@ -44,6 +44,8 @@ class Block:
     """Of all its parameters."""
     trained: int
     """Elements of those that train."""
+    adapters: tuple[tuple[int, int], ...] = ()
+    """Inputs and outputs of each layer with an adapter."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,19 @@ class Structure:
 
 
 @cached
-def structure(model: Decoder, frozen: frozenset[str] = frozenset()) -> Structure:
-    """What `model` computes where the parameters named `frozen` do not train."""
-    elements = {parameter.name: parameter.elements for parameter in parameters(model)}
+def structure(model: Decoder, frozen: frozenset[str] = frozenset(), lora: Lora | None = None) -> Structure:
+    """What `model`, with the adapters of `lora`, computes where the parameters named `frozen` do not train."""
+    elements = {parameter.name: parameter.elements for parameter in parameters(model, lora)}
     trained = elements.keys() - frozen
-    training = {name.rpartition(".")[0] for name in trained}  # modules with anything trained in them
+    # Modules with anything trained in them; an adapter is part of its layer.
+    training = {name.rpartition(".")[0] for name in trained}
+    training |= {module.rpartition(".")[0] for module in training if module.endswith(ADAPTERS)}
     by_block = _by_block(elements)
     found: Counter[Block] = Counter()
     # Whether anything before the value trains, which autograd knows.
     stream = not training.isdisjoint(("embed_tokens", "embed_positions"))
     for name in blocks(model):
-        block, stream = _block(model, name, by_block[name], trained, training, stream)
+        block, stream = _block(model, name, by_block[name], trained, training, stream, lora)
         found[block] += 1
     head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
     product = Product(model.hidden_size, model.vocab_size, stream or "norm" in training, f"{head}.weight" in trained)
@@ -83,7 +87,9 @@ def structure(model: Decoder, frozen: frozenset[str] = frozenset()) -> Structure
     )
 
 
-def train_flops_per_token(model: Decoder, sequence_length: int, frozen: Collection[str] = ()) -> float:
+def train_flops_per_token(
+    model: Decoder, sequence_length: int, frozen: Collection[str] = (), lora: Lora | None = None
+) -> float:
     """FLOPs per token of one forward and backward pass, recomputation not counted.
 
     Each element of a matrix costs 2 in the forward pass, 2 where a gradient flows on through it, and 2 where it is
@@ -91,7 +97,7 @@ def train_flops_per_token(model: Decoder, sequence_length: int, frozen: Collecti
     product with the values cost 4 x width x sequence per token and layer forward, up to twice that backward, causal
     masking not discounted (as PaLM's MFU counts, Chowdhery et al., 2022, appendix B).
     """
-    work = structure(model, frozenset(frozen))
+    work = structure(model, frozenset(frozen), lora)
     scores = 2 * model.num_attention_heads * head_dim(model) * sequence_length
     total = work.head.flops_per_token
     for block, count in work.blocks:
@@ -110,35 +116,50 @@ def _by_block(elements: dict[str, int]) -> dict[str, dict[str, int]]:
 
 
 def _block(
-    model: Decoder, name: str, elements: dict[str, int], trained: Collection[str], training: set[str], stream: bool
+    model: Decoder,
+    name: str,
+    elements: dict[str, int],
+    trained: Collection[str],
+    training: set[str],
+    stream: bool,
+    lora: Lora | None,
 ) -> tuple[Block, bool]:
     """The block called `name`, where `stream` says whether anything before it trains; and the same for what follows."""
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     widths = (model.num_attention_heads, *[model.num_key_value_heads or model.num_attention_heads] * 2)
     hidden, inner, queries = model.hidden_size, model.intermediate_size, widths[0] * head_dim(model)
 
-    def product(module: str, inputs: int, outputs: int, flows: bool) -> Product:
-        return Product(inputs, outputs, flows, f"{module}.weight" in trained)
+    products: list[Product] = []
+    adapters: list[tuple[int, int]] = []
+    adapted = lora.targets(model) if lora else ()
+
+    def multiply(module: str, inputs: int, outputs: int, flows: bool) -> None:
+        products.append(Product(inputs, outputs, flows, f"{module}.weight" in trained))
+        if lora is not None and module.rpartition(".")[2] in adapted:
+            adapters.append((inputs, outputs))
+            down, up = (f"{module}.{part}.weight" in trained for part in ADAPTERS)
+            products.extend((Product(inputs, lora.rank, flows, down), Product(lora.rank, outputs, flows or down, up)))
 
     before = stream
     normed = stream or f"{name}.input_layernorm" in training
-    products = [
-        product(f"{attention}.{letter}_proj", hidden, heads * head_dim(model), normed)
-        for letter, heads in zip("qkv", widths, strict=True)
-    ]
+    for letter, heads in zip("qkv", widths, strict=True):
+        multiply(f"{attention}.{letter}_proj", hidden, heads * head_dim(model), normed)
     query, key, value = (
         normed or not training.isdisjoint((f"{attention}.{letter}_proj", f"{attention}.{letter}_norm"))
         for letter in "qkv"
     )
     mixed = query or key or value
-    products.append(product(f"{attention}.o_proj", queries, hidden, mixed))
+    multiply(f"{attention}.o_proj", queries, hidden, mixed)
     stream = stream or mixed or f"{attention}.o_proj" in training
     normed = stream or f"{name}.post_attention_layernorm" in training
     inwards = [f"{mlp}.{letter}_proj" for letter in (("gate", "up") if model.activation == "swiglu" else ("up",))]
-    products += [product(module, hidden, inner, normed) for module in inwards]
+    for module in inwards:
+        multiply(module, hidden, inner, normed)
     wide = normed or not training.isdisjoint(inwards)
-    products.append(product(f"{mlp}.down_proj", inner, hidden, wide))
+    multiply(f"{mlp}.down_proj", inner, hidden, wide)
     after = stream or wide or f"{mlp}.down_proj" in training
     own = sum(count for parameter, count in elements.items() if parameter in trained)
-    block = Block(tuple(products), query, key, value, before, after, sum(elements.values()), own)
+    block = Block(
+        tuple(products), query, key, value, before, after, sum(elements.values()), own, adapters=tuple(adapters)
+    )
     return block, after

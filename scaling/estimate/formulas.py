@@ -16,7 +16,7 @@ ZERO |= {3: "deepspeed/runtime/zero/stage3.py"}
 
 def formulas(spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], world_size: int) -> dict[str, str]:
     """By part of the memory estimate. What is offloaded is on the host; what each rank holds whole is not divided."""
-    sizes = {parameter.name: parameter.elements for parameter in parameters(spec.model)}
+    sizes = {parameter.name: parameter.elements for parameter in parameters(spec.model, spec.lora)}
     trained = sum(sizes[name] for group in groups if not group.frozen for name in group.names)
     width, everything = WIDTHS[spec.precision], sum(sizes.values())
     match spec.backend:

@@ -144,7 +144,7 @@ def checkpoint_bytes(spec: Spec, groups: Sequence[Group]) -> int:
     """The tensors of a checkpoint: fp32 masters, and two moments of what trains. Each rank writes an equal share."""
     if spec.checkpoint is None:
         return 0
-    sizes = {parameter.name: parameter.elements for parameter in parameters(spec.model)}
+    sizes = {parameter.name: parameter.elements for parameter in parameters(spec.model, spec.lora)}
     return sum(FLOAT * (1 if group.frozen else 3) * sizes[name] for group in groups for name in group.names)
 
 

@@ -32,7 +32,7 @@ def report(spec: Spec, found: Found, margin: float) -> dict[str, Any]:
         "model": {
             "parameters": sum(group.parameters for group in groups),
             "trainable_parameters": sum(group.parameters for group in groups if not group.frozen),
-            "flops_per_token": train_flops_per_token(spec.model, spec.data.sequence_length, frozen),
+            "flops_per_token": train_flops_per_token(spec.model, spec.data.sequence_length, frozen, spec.lora),
         },
         "hardware": {
             "name": found.cluster.gpu.name,

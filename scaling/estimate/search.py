@@ -125,7 +125,7 @@ def _no_gc() -> Iterator[None]:
 def _search(spec: Spec, cluster: Cluster, margin: float, *, only_as_written: bool) -> Found:
     began = time.perf_counter()
     usable = usable_bytes(cluster, margin)
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
     per_rank = sequences_per_rank(spec, cluster.world_size)
     written, rejected = _as_written(spec, cluster, groups, usable)
     found: list[Candidate] = []
@@ -167,7 +167,7 @@ def sequences_per_rank(spec: Spec, world_size: int) -> int:
 def first_fit(spec: Spec, cluster: Cluster, margin: float) -> Candidate | None:
     """Any candidate that fits, with the smallest micro-batch, the leanest checkpointing first; None if none does."""
     usable = usable_bytes(cluster, margin)
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
     batches = {1: _batch(spec, 1, sequences_per_rank(spec, cluster.world_size))}
     for structure, changes in _structures(spec, cluster, [], CHECKPOINTING[-1:]):
         with suppress(UserError):  # what cannot be estimated is no help either

@@ -80,6 +80,7 @@ def play(
         chunked=chunked,
         checkpointing=spec.activation_checkpointing,
         compiled=spec.compile and cuda,
+        lora=spec.lora,
     )
     held: list[Storage] = []
     if not rough:

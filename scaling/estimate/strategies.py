@@ -27,7 +27,7 @@ from scaling.estimate.rates import Rates, host_rate
 from scaling.hardware import Cluster
 from scaling.inventory import parameters
 from scaling.records import BatchPlan
-from scaling.spec.sections import DDP, FSDP, Decoder, DeepSpeed, Spec
+from scaling.spec.sections import DDP, FSDP, Decoder, DeepSpeed, Lora, Spec
 
 OVERLAP_COST = 0.5
 """Of the time that communication runs beside computation, what the computation loses: it shares multiprocessors and
@@ -264,7 +264,8 @@ def _zero3(step: Step, backend: DeepSpeed) -> Costs:
     everyone = ring(step.cluster, world)
     near = zero["zero_hpz_partition_size"]
     again = ring(step.cluster, near) if near > 1 else everyone
-    calls = 1 if step.spec.compile or step.spec.activation_checkpointing == "selective" else _modules(step.spec.model)
+    at_once = step.spec.compile or step.spec.activation_checkpointing == "selective"  # blocks, not their modules
+    calls = 1 if at_once else _modules(step.spec.model, step.spec.lora)
     overlap = zero["overlap_comm"]  # without it everything is on one stream
     # What is used again within the distance is kept: the blocks around the turn from forward to backward pass.
     kept = min(zero["stage3_max_reuse_distance"] / 2, zero["stage3_max_live_parameters"]) / step.work.elements
@@ -297,9 +298,9 @@ def _zero3(step: Step, backend: DeepSpeed) -> Costs:
 
 
 @cached
-def _modules(model: Decoder) -> int:
+def _modules(model: Decoder, lora: Lora | None) -> int:
     """Modules with parameters of their own in a block."""
-    return len({p.name.rpartition(".")[0] for p in parameters(model) if p.name.startswith("layers.0.")})
+    return len({p.name.rpartition(".")[0] for p in parameters(model, lora) if p.name.startswith("layers.0.")})
 
 
 # ---------------------------------------------------------------- offloading

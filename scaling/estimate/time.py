@@ -45,13 +45,13 @@ def estimate_time(
     seconds = sum(parts.values())
     rate = plan.global_tokens / plan.world_size / seconds
     peak = cluster.gpu.peak_flops(spec.precision)
-    flops = train_flops_per_token(spec.model, plan.sequence_length, frozen)
+    flops = train_flops_per_token(spec.model, plan.sequence_length, frozen, spec.lora)
     return TimeEstimate(seconds, rate, None if peak is None else rate * flops / peak, parts)
 
 
 def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluster, frozen: frozenset[str]) -> Step:
     rates = rates_of(cluster.gpu, spec.precision)
-    work = structure(spec.model, frozen)
+    work = structure(spec.model, frozen, spec.lora)
     tokens, length = plan.micro_batch * plan.sequence_length, plan.sequence_length
     mode = spec.activation_checkpointing
     blocks = tuple(

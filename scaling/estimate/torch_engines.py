@@ -36,7 +36,7 @@ class Single:
         )
         """Adam's state, and what it works on, are in host memory."""
         frozen = {name for group in groups if group.frozen for name in group.names}
-        self.parameters = parameters(spec.model)
+        self.parameters = parameters(spec.model, spec.lora)
         self.leaves = {p.name: self.leaf(p) for p in self.parameters if p.name not in frozen}
         self._state: list[Storage] = []
         self.values: dict[str, Value] = {}

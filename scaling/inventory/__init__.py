@@ -4,9 +4,14 @@ A test builds the real module on the meta device and finds the same names and sh
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
-from scaling.spec.sections import Decoder
+from scaling.spec.sections import Decoder, Lora
+
+ADAPTERS = ("lora_A", "lora_B")
+"""Modules of an adapter, below the linear layer that it is of: [rank, inputs], then [outputs, rank]."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,8 @@ class Parameter:
     name: str
     """Canonical name: the module's path, with no wrapper's prefix."""
     shape: tuple[int, ...]
+    frozen: bool = False
+    """Part of the model that adapters are put in: not trained, whatever the groups say."""
 
     @property
     def elements(self) -> int:
@@ -23,8 +30,31 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def parameters(model: Decoder) -> tuple[Parameter, ...]:
-    """Every parameter of `model` once, in the order of `nn.Module.named_parameters` (a tied head is its embedding)."""
+def parameters(model: Decoder, lora: Lora | None = None) -> tuple[Parameter, ...]:
+    """Every parameter of `model` once, in the order of `nn.Module.named_parameters` (a tied head is its embedding).
+
+    With `lora` its adapters too, each after the layer that it is of; the others keep their names, and are frozen.
+    """
+    own = _own(model)
+    return own if lora is None else tuple(_with_adapters(own, lora.targets(model), lora.rank))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return any(part in ADAPTERS for part in name.split("."))
+
+
+def _with_adapters(own: Sequence[Parameter], targets: Collection[str], rank: int) -> Iterator[Parameter]:
+    for module, members in groupby(own, key=lambda parameter: parameter.name.rpartition(".")[0]):
+        weight, *rest = members
+        yield from (replace(parameter, frozen=True) for parameter in (weight, *rest))
+        if module.rpartition(".")[2] in targets:
+            outputs, inputs = weight.shape
+            yield Parameter(f"{module}.lora_A.weight", (rank, inputs))
+            yield Parameter(f"{module}.lora_B.weight", (outputs, rank))
+
+
+def _own(model: Decoder) -> tuple[Parameter, ...]:
     found = [("embed_tokens.weight", (model.vocab_size, model.hidden_size))]
     if model.position == "learned":
         found.append(("embed_positions.weight", (model.max_position_embeddings, model.hidden_size)))

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     document = read_document(options.spec, options.set)
     spec = parse_spec(document)
-    found = parameters(spec.model)
+    found = parameters(spec.model, spec.lora)
     try:
         groups = resolve_groups(spec.param_groups, spec.optimizer, found)
     except UserError as error:

@@ -10,21 +10,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaling.inventory import blocks, head_dim
+from scaling.inventory import blocks, head_dim, is_adapter
+from scaling.models.lora import adapter_inserter, fill_adapter
 from scaling.models.loss import summed_cross_entropy
 from scaling.models.recipe import ModelRecipe
-from scaling.spec.sections import CausalLM, Factory
+from scaling.spec.sections import CausalLM, Factory, Lora
 from scaling.spec.sections import Decoder as DecoderSpec
 
 
-def decoder_recipe(spec: DecoderSpec, objective: CausalLM | Factory, seed: int) -> ModelRecipe:
-    """The recipe of a decoder for `objective`."""
+def decoder_recipe(
+    spec: DecoderSpec, objective: CausalLM | Factory, seed: int, lora: Lora | None = None
+) -> ModelRecipe:
+    """The recipe of a decoder for `objective`, with the adapters of `lora` in it."""
+    chunked = isinstance(objective, Factory) or objective.cross_entropy == "chunked"
+    insert = adapter_inserter(lora, lora.targets(spec)) if lora is not None else None
+
+    def build() -> nn.Module:
+        model = Decoder(spec, chunked=chunked)
+        if insert is not None:
+            insert(model)
+        return model
 
     def fill(name: str, value: Tensor, generator: torch.Generator) -> None:
-        fill_parameter(spec, name, value, generator)
+        if is_adapter(name):
+            fill_adapter(name, value, generator)
+        else:
+            fill_parameter(spec, name, value, generator)
 
-    chunked = isinstance(objective, Factory) or objective.cross_entropy == "chunked"
-    return ModelRecipe(build=lambda: Decoder(spec, chunked=chunked), fill=fill, blocks=blocks(spec), seed=seed)
+    return ModelRecipe(build=build, fill=fill, blocks=blocks(spec), seed=seed)
 
 
 def fill_parameter(spec: DecoderSpec, name: str, value: Tensor, generator: torch.Generator) -> None:

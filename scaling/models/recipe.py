@@ -34,8 +34,9 @@ class ModelRecipe:
         return value
 
 
-WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Attributes under which DDP, torch.compile, checkpoint wrappers and FSDP1 hold what they wrap."""
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer", "default")
+"""Attributes under which DDP, torch.compile, checkpoint wrappers, FSDP1 and peft's layers hold what they wrap;
+"default" is peft's name of an adapter."""
 
 
 def canonical_name(name: str) -> str:

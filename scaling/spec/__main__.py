@@ -37,7 +37,7 @@ def validate(source: str, assignments: list[str]) -> str:
     document = read_document(source, assignments)
     spec = parse_spec(document)
     try:
-        groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model))
+        groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
         if not legal_world_sizes(spec, _FEW_RANKS) and not legal_world_sizes(spec, _MANY_RANKS):
             resolve_batch(spec, 1)  # raises, and says what is nearest
     except UserError as error:

@@ -40,6 +40,10 @@ _OTHER_NAMES = {
     "dtype": "precision",
     "zero_optimization": "backend",
     "gradient_checkpointing": "activation_checkpointing",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "peft": "lora",
 }
 """Names that DeepSpeed, Hugging Face and nano-gpt have for our keys."""
 

@@ -92,6 +92,12 @@ class Decoder(Section):
     initializer_range: Positive = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it over sqrt(2 x layers)."""
 
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """Last names of the linear layers in each block, in the order of the module."""
+        gate = ("gate_proj",) if self.activation == "swiglu" else ()
+        return ("q_proj", "k_proj", "v_proj", "o_proj", *gate, "up_proj", "down_proj")
+
     def contradictions(self) -> Iterator[str]:
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             yield (
@@ -106,6 +112,31 @@ class Decoder(Section):
                 f"`num_key_value_heads` must divide num_attention_heads ({self.num_attention_heads}), "
                 f"but is {self.num_key_value_heads}; use one of {_divisors(self.num_attention_heads)}"
             )
+
+
+# ---------------------------------------------------------------- adapters
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al., 2021) by the peft library: the model's own weights are frozen, adapters train."""
+
+    rank: Size = 8
+    """Rows of each lora_A and columns of each lora_B. Default: peft's."""
+    alpha: Positive = 16.0
+    """What an adapter adds is scaled by alpha / rank. Default: twice the default rank, as is usual."""
+    dropout: Fraction = 0.0
+    """Dropout probability on the input of each lora_A."""
+    target_modules: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)] | Literal["all-linear"] = (
+        "q_proj",
+        "v_proj",
+    )
+    """Linear layers that get an adapter, by their last name, in every block; or all of them ("all-linear"). The output
+    head is none of them. Default: queries and values, as in the paper."""
+
+    def targets(self, model: Decoder) -> tuple[str, ...]:
+        """Last names of the layers with an adapter, in the order of the module."""
+        layers = model.linear_layers
+        return layers if self.target_modules == "all-linear" else tuple(n for n in layers if n in self.target_modules)
 
 
 # ---------------------------------------------------------------- objective
@@ -500,6 +531,9 @@ class Spec(Section):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1337
     """Of the initial weights, the data order and dropout."""
     model: Decoder
+    lora: Lora | None = None
+    """Train low-rank adapters in place of the model's own weights, which are frozen then whatever `param_groups` say.
+    Null: no adapters."""
     objective: Objective = CausalLM()
     data: Data
     batch: Batch
@@ -541,6 +575,13 @@ class Spec(Section):
     tracking: Tracking = Tracking()
 
     def contradictions(self) -> Iterator[str]:
+        if self.lora is not None and self.lora.target_modules != "all-linear":
+            known, named = self.model.linear_layers, self.lora.target_modules
+            for index in [index for index, name in enumerate(named) if name not in known]:
+                yield (
+                    f"`lora.target_modules.{index}` must be a linear layer of the model's blocks, but is "
+                    f'{named[index][:80]!r}; use some of {", ".join(known)}, or "all-linear" in place of the list'
+                )
         if (self.max_steps is None) == (self.epochs is None):
             both = self.max_steps is not None
             yield (
@@ -569,10 +610,10 @@ class Spec(Section):
             isinstance(backend, DeepSpeed)
             and backend.offload_parameters == "nvme"
             and backend.prefetch_bucket_size != 0
-            and any(group.freeze for group in self.param_groups)
+            and (self.lora is not None or any(group.freeze for group in self.param_groups))
         ):
             yield (
-                "`backend.prefetch_bucket_size` must be 0 where a group is frozen and parameters are on nvme, but is "
+                "`backend.prefetch_bucket_size` must be 0 where something is frozen and parameters are on nvme, but is "
                 f"{backend.prefetch_bucket_size}: DeepSpeed 0.19 reads a frozen one twice into one buffer; set it to 0"
             )
         if self.on_nonfinite == "rollback" and self.checkpoint is None:

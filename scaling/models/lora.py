@@ -1,0 +1,45 @@
+"""Low-rank adapters by peft, put into a model that is built. The only module that imports peft."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from scaling.errors import UserError
+from scaling.spec.sections import Lora
+
+
+def adapter_inserter(lora: Lora, targets: Sequence[str]) -> Callable[[nn.Module], None]:
+    """What replaces the linear layers called `targets` of a model by peft's, which hold them and an adapter each.
+
+    Adapters are made where and in the type in which their layers are, whatever device context and parameter hooks the
+    caller has set; what they start from is `fill_adapter`'s. peft itself is imported before: within DeepSpeed's
+    `zero.Init`, which replaces functions of torch, it could not be.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model  # only when asked for: it takes seconds
+    except ImportError as error:
+        raise UserError(
+            f"`lora` must be null where peft is not installed ({error}), but is set; `pip install 'scaling[lora]'`"
+        ) from None
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - peft only divides it
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        init_lora_weights=False,
+    )
+
+    def insert(model: nn.Module) -> None:
+        inject_adapter_in_model(config, model)
+
+    return insert
+
+
+def fill_adapter(name: str, value: Tensor, generator: torch.Generator) -> None:
+    """Initial values as peft's: lora_A kaiming uniform, lora_B zero, so that nothing is added at first."""
+    if name.split(".")[-2] == "lora_A":
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    else:
+        value.zero_()
