@@ -25,8 +25,11 @@ ENTRY_POINTS = (
 """They load torch, if at all, only once the command line and the spec have been found right."""
 
 BACKENDS = {"DeepSpeed", "FSDP", "DDP", "Single"}
-DISPATCH = {"render/__init__.py", "engine/build.py", "estimate/step.py", "estimate/strategies.py"}
-"""One `match` on the backend per direction: spec -> dict, spec -> engine, spec -> what the engine holds, and costs."""
+DISPATCH = {
+    *("render/__init__.py", "engine/build.py", "estimate/step.py", "estimate/strategies.py", "estimate/formulas.py")
+}
+"""One `match` on the backend per direction: spec -> dict, spec -> engine, spec -> what the engine holds, and costs; and
+the words for what it holds."""
 LEGALITY = {"batch.py", "spec/sections.py"}
 """May ask for a backend's own rule about the number of ranks; it chooses nothing."""
 
