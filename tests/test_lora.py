@@ -191,30 +191,30 @@ def test_a_run_is_a_plain_loop_with_peft(process, name: str) -> None:
 
 # ---------------------------------------------------------------- over backends
 
-EVERY = "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload"
 GATES = {
-    "GPT, accumulation 4": ("gpt-parity", "1,2", EVERY, LORA, ()),
-    "Llama, all linear layers": ("llama-parity", "1,2", EVERY, ALL, ()),
-    "bf16": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3,zero2-offload", LORA, ("precision=bf16",)),
+    "GPT, accumulation 4": ("gpt-parity", "1,2", "single,ddp,fsdp,zero1,zero2,zero3", LORA, ()),
+    "Llama, all linear layers": ("llama-parity", "2", "single,hsdp,fsdp-offload,zero2-offload,zero3", ALL, ()),
+    "bf16": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", LORA, ("precision=bf16",)),
     "selective checkpointing": (
-        "gpt-parity", "2", "single,fsdp,zero2,zero3,zero3-hpz,zero3-offload", LORA,
-        ('activation_checkpointing="selective"',),
+        "gpt-parity", "2", "single,fsdp,zero3,zero3-offload", LORA, ('activation_checkpointing="selective"',),
     ),
     "full checkpointing, plain loss": (
-        "llama-parity", "2", "single,ddp,fsdp-keep,zero1-offload,zero3", LORA,
+        "llama-parity", "2", "single,ddp,zero1,zero3", LORA,
         ('activation_checkpointing="full"', "objective.cross_entropy=plain"),
     ),
     "compiled": ("llama-parity", "2", "single,fsdp,zero2,zero3", LORA, ("compile=true",)),
 }  # fmt: skip
+LEARNS = ("optimizer.lr=0.01", "schedule.warmup_steps=0")
+"""Adapters start from nothing: at the rates of the specs little would be learnt in a few steps."""
 GROUPS = 'param_groups=[{"name":"queries","match":["*.q_proj.*"],"lr":1e-4},{"name":"rest","match":["*"]}]'
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_curves_agree(gate: str, tmp_path: Path) -> None:
     spec, world_sizes, backends, lora, settings = GATES[gate]
-    sets = [text for setting in (assignment(lora), GROUPS, *settings) for text in ("--set", setting)]
+    sets = [text for setting in (assignment(lora), GROUPS, *LEARNS, *settings) for text in ("--set", setting)]
     command = ["-m", "scaling.parity", "--spec", str(SPECS / f"{spec}.json"), "--json", str(tmp_path / "out"), *sets]
-    done = python(*command, "--backends", backends, "--world-sizes", world_sizes, timeout=1200)
+    done = python(*command, "--backends", backends, "--world-sizes", world_sizes, "--steps", "8", timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out").read_text())
     losses = [step["loss"] for step in report["curves"][0]["steps"]]

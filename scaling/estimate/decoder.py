@@ -190,7 +190,8 @@ class PlayedDecoder:
         ops, vocabulary = self.ops, self.model.vocab_size
         exact, size = ops.shape.width == FLOAT, ops.shape.rows * vocabulary
         sizes = ops.wanted((hidden, weight), (hidden.elements, weight.elements))
-        saved = [hidden.storage] * bool(weight.node) + [ops.factor(weight)] * bool(hidden.node)
+        saved = [hidden.storage] * bool(weight.node or ops.zero3_linear)
+        saved += [ops.factor(weight)] * bool(hidden.node or ops.zero3_linear)
         logits = ops.result(size, [hidden, weight], saved, lambda *_: ops.made(sizes))
         logits = logits if exact else ops.cast(logits, FLOAT, ops.shape.width)
         likely = ops.new(size, FLOAT)

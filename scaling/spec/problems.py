@@ -351,7 +351,9 @@ def _near(key: str, known: Iterable[str]) -> str | None:
     known = list(known)
     if _OTHER_NAMES.get(key) in known:
         return _OTHER_NAMES[key]
-    cutoff = 0.5 if len(key) <= 3 else 0.6  # of `lr` with one letter wrong, half is right
+    cutoff = 0.6
+    if len(key) <= 3:  # of `lr` with one letter wrong, half is right; of `lora` too, but that is longer
+        known, cutoff = [name for name in known if abs(len(name) - len(key)) <= 1], 0.5
     return next(iter(difflib.get_close_matches(key[:100], known, n=1, cutoff=cutoff)), None)
 
 
