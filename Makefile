@@ -15,12 +15,13 @@ COUNT_RANKS := import torch; from scaling.batch import legal_world_sizes; from s
 # The launcher's own port is always the same, and taken where another run is on this machine.
 FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 
-.PHONY: help demo test lint slim clean
+.PHONY: help demo test test-long lint slim clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    train $(SPEC) under the deepspeed launcher, on the GPUs or with two CPU processes"
 	@echo "make test    lint, type and import checks, the check without torch, all tests"
+	@echo "make test-long  more of the same for minutes: further backends, sizes and modes"
 	@echo "make lint    ruff, pyright and import-linter alone"
 	@echo "make slim    the check without torch alone"
 	@echo "make clean   remove builds and caches; keeps $(VENV) and runs/"
@@ -33,6 +34,9 @@ demo: $(VENV)/.installed-train
 
 test: lint slim
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m long
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -16,6 +16,9 @@ from scaling.spec import load_spec
 from scaling.trace import REAL_BYTES, fake_tensors, trace, traced
 
 DRAWN = [name for name in BACKENDS if name not in ("zero1-small", "zero2-small")]
+CHECKED = ("ddp", "fsdp", "zero1", "zero2-offload", "zero3-small")
+"""Of the drawn, one of each engine; the others are long."""
+LONG = pytest.mark.long
 GPT2 = ["backend.kind=fsdp", "batch.micro_batch_size=4"]
 
 
@@ -25,7 +28,7 @@ def drawn(tmp_path_factory):
     return {cell["name"].split()[1]: resolve(load_spec(cell["spec"]), cell["world_size"]) for cell in cells}
 
 
-@pytest.mark.parametrize("backend", DRAWN)
+@pytest.mark.parametrize("backend", [one if one in CHECKED else pytest.param(one, marks=LONG) for one in DRAWN])
 def test_fake_tensors_take_what_real_ones_do(drawn, backend):
     real, fake = (apart(traced, drawn[backend], 2, None, fake) for fake in (False, True))
     peak = real["peak_allocated_bytes"]
@@ -35,7 +38,7 @@ def test_fake_tensors_take_what_real_ones_do(drawn, backend):
         assert abs(fake["parts"][part] - size) <= 0.005 * peak, part
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["none", pytest.param("selective", marks=LONG), pytest.param("full", marks=LONG)])
 def test_the_ledger_is_the_trace_at_real_size(mode):
     found = trace(load_spec("gpt2-124m", [*GPT2, f"activation_checkpointing={mode}"]), 8)
     held, played = found["memory"], found["predicted"]
