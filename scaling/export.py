@@ -26,6 +26,7 @@ from scaling.checkpoint.store import free_bytes, sync_folder, write_synced
 from scaling.data.progress import progress_in_bytes
 from scaling.errors import CheckpointError, CommandLine, StorageError, positive, run_command
 from scaling.inventory import parameters
+from scaling.spec.sections import Vla
 from scaling.units import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong command line is refused before
@@ -132,7 +133,7 @@ def _write_all(weights: "CheckpointWeights", folder: Path, dtype: str, shard_byt
         raise OSError(f"{format_bytes(total)} are needed, {format_bytes(free_bytes(folder))} are free")
     files = _write_tensors(weights, stored, folder, dtype, shard_bytes)
     end_of_text, notes = _copy_tokenizer(weights.spec, folder)
-    if model_type is None:
+    if model_type is None or isinstance(model, Vla):
         document = {"format_version": 1, "model": model.model_dump(mode="json")}
         _write_json(folder / OWN_CONFIG, document)
     else:

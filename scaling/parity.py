@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.errors import CommandLine, UserError, positive, run_command
+from scaling.inventory import dropout
 from scaling.run_folder import strict
 from scaling.spec import Spec, load_spec
 from scaling.view import parity_table, print_table
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for outcome in outcomes:
         if outcome.error is not None:
             _say(f"{outcome.backend} on {outcome.world_size} ranks failed: {outcome.error}")
-    if spec.model.dropout:
+    if dropout(spec.model):
         _say("note: dropout is on, whose masks differ between world sizes; set model.dropout=0 to compare")
     if options.json:
         Path(options.json).write_text(json.dumps(report(spec, curves, outcomes, tolerance), indent=2) + "\n")

@@ -20,6 +20,7 @@ from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_com
 from scaling.estimate.report import PHASES, report
 from scaling.estimate.search import MARGIN, Candidate, Found, flags, known, search
 from scaling.hardware import GPU, GPUS, Cluster, load_hardware, parse_gpus
+from scaling.inventory import sample_length
 from scaling.spec import Document, Spec, parse_spec, placed, read_document
 from scaling.units import GiB, format_bytes, format_count, format_seconds
 from scaling.view import PART_SIGNS, Bar, Sheet, print_sheet
@@ -201,7 +202,7 @@ def _head(spec: Spec, found: Found, margin: float) -> list[str]:
     gpu = found.cluster.gpu
     lines = [
         f"{spec.name} on {found.cluster.name}: {format_count(total)} parameters, {format_count(trained)} train, "
-        f"sequences of {spec.data.sequence_length:,} tokens, {spec.precision}",
+        f"sequences of {sample_length(spec.model, spec.data.sequence_length):,} tokens, {spec.precision}",
         f"usable memory of each {_unit(gpu)}: {usable} ({margin:.0%} left free)".replace("%", " %")
         + "; all figures below are predicted, none is measured",
     ]

@@ -32,7 +32,7 @@ from scaling.checkpoint.store import BEST, LATEST, MANIFEST, Store, problems_of
 from scaling.errors import CheckpointError, UserError
 from scaling.inventory import parameters, tied
 from scaling.run_folder import CHECKPOINTS
-from scaling.spec.sections import Decoder
+from scaling.spec.sections import Decoder, Model, Vla
 
 logger = logging.getLogger("scaling")
 
@@ -119,7 +119,7 @@ def _whole(folder: Path, problems: Callable[[Path], list[str]]) -> Path:
 # ---------------------------------------------------------------- opening
 
 
-def open_weights(path: Path, model: Decoder) -> WeightSource:
+def open_weights(path: Path, model: Model) -> WeightSource:
     """The weights in `path`, as `find_weights` gave it, for a model that has exactly these.
 
     CheckpointError where names, shapes or what is computed with them differ from `model`; nothing of a tensor's size
@@ -134,7 +134,7 @@ def open_weights(path: Path, model: Decoder) -> WeightSource:
         return _open_files(path, files, model)
 
 
-def _open_checkpoint(path: Path, model: Decoder) -> WeightSource:
+def _open_checkpoint(path: Path, model: Model) -> WeightSource:
     source = CheckpointWeights(path)
     _check_behaviour(path, behaviour(source.model), model, "export it and name its .safetensors file")
     found = {name: source.shape(name) for name in source.names()}
@@ -143,7 +143,7 @@ def _open_checkpoint(path: Path, model: Decoder) -> WeightSource:
     return source
 
 
-def _open_files(path: Path, files: TensorFiles, model: Decoder) -> WeightSource:
+def _open_files(path: Path, files: TensorFiles, model: Model) -> WeightSource:
     names, own = recognise(files.entries)
     stored = layout(model, names)
     if stored is None:
@@ -162,13 +162,14 @@ def _open_files(path: Path, files: TensorFiles, model: Decoder) -> WeightSource:
     return FileWeights(files, stored, own)
 
 
-def _check_config(folder: Path, model: Decoder) -> None:
+def _check_config(folder: Path, model: Model) -> None:
     """Refuse a folder whose config.json, or scaling_spec.json, describes a model that computes something else."""
     remedy = "name its .safetensors file, or the index of several, itself"
     if (path := folder / OWN_CONFIG).exists():
         _check_behaviour(path, behaviour(parse_model(path, read_json(path).get("model"))), model, remedy)
     elif (path := folder / CONFIG).exists():
-        found = behaviour_of_config(read_json(path), model.max_position_embeddings)
+        context = model.max_position_embeddings if isinstance(model, Decoder) else 0
+        found = behaviour_of_config(read_json(path), context)
         if isinstance(found, str):
             raise CheckpointError(
                 f"`initialize_from` must hold a model that the decoder can compute, but {path} has {found[:200]}; "
@@ -177,7 +178,7 @@ def _check_config(folder: Path, model: Decoder) -> None:
         _check_behaviour(path, found, model, remedy)
 
 
-def _check_behaviour(path: Path, found: Mapping[str, Any], model: Decoder, remedy: str) -> None:
+def _check_behaviour(path: Path, found: Mapping[str, Any], model: Model, remedy: str) -> None:
     """CheckpointError where a model described in `path` computes something else than `model` from equal weights."""
     for field, value in behaviour(model).items():
         if field in found and not equal(found[field], value):
@@ -191,7 +192,7 @@ def _check_shapes(
     path: Path,
     found: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, tuple[int, ...]],
-    model: Decoder,
+    model: Model,
     spare: str | None,
 ) -> None:
     """CheckpointError unless `found` has the names and shapes of `wanted`; it may have the name `spare` besides."""
@@ -216,9 +217,9 @@ def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
     return " and ".join(problems) or None
 
 
-def _remedy(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], model: Decoder) -> str:
+def _remedy(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], model: Model) -> str:
     for name in found.keys() & wanted.keys():
-        if found[name] == wanted[name] or found[name][1:] != (model.hidden_size,):
+        if found[name] == wanted[name] or not isinstance(model, Decoder) or found[name][1:] != (model.hidden_size,):
             continue
         if name.endswith(("embed_tokens.weight", "wte.weight")):
             return f"set `model.vocab_size` to {found[name][0]}: rows that nothing has trained are not made up here"
@@ -235,7 +236,7 @@ def _some(names: list[str]) -> str:
 
 
 def _spare_head(
-    found: Mapping[str, tuple[int, ...]], model: Decoder, read: Callable[[str, int, int], Tensor], embedding: str
+    found: Mapping[str, tuple[int, ...]], model: Model, read: Callable[[str, int, int], Tensor], embedding: str
 ) -> str | None:
     """The name of a stored head that a model with a tied one can do without: it must equal the embedding."""
     head = "lm_head.weight"
@@ -253,10 +254,11 @@ def _spare_head(
 # ---------------------------------------------------------------- sources
 
 
-def parse_model(path: Path, section: Any) -> Decoder:
+def parse_model(path: Path, section: Any) -> Model:
     """The `model` of a spec that was saved in `path`."""
-    with suppress(ValueError, RecursionError):
-        return Decoder.model_validate_json(json.dumps(section))
+    kinds: dict[str, type[Decoder] | type[Vla]] = {"decoder": Decoder, "vla": Vla}
+    with suppress(ValueError, RecursionError, KeyError, TypeError):
+        return kinds[section["kind"]].model_validate_json(json.dumps(section))
     raise CheckpointError(f"`{path}` must hold a `model` as specs have it, but does not; use another checkpoint")
 
 

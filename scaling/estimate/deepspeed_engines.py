@@ -10,7 +10,7 @@ from scaling.estimate.ops import FLOAT, Ops
 from scaling.estimate.tape import Leaf, Node, Refilled, Storage, Tape, Value
 from scaling.estimate.torch_engines import Single
 from scaling.groups import Group
-from scaling.inventory import Parameter, tied
+from scaling.inventory import Parameter, block_of, tied
 from scaling.records import BatchPlan
 from scaling.spec.sections import Spec
 
@@ -418,9 +418,8 @@ class ZeRO3(Single):
 
     def owner(self, name: str) -> str:
         """The module whose hooks gather a parameter: its own, or its block where blocks are gathered whole."""
-        if self.leaf_modules and name.startswith("layers."):
-            return ".".join(name.split(".")[:2])
-        return name.rpartition(".")[0]
+        block = block_of(name) if self.leaf_modules else None
+        return block or name.rpartition(".")[0]
 
     def read(self, name: str) -> Value:
         return Value(self.whole[name], self.sizes[name], self.leaves.get(name))
@@ -429,22 +428,30 @@ class ZeRO3(Single):
 
     def hooked(self, module: str) -> bool:
         """All modules are, with parameters of their own or not, but for those within a leaf module."""
-        return not (self.leaf_modules and module.startswith("layers.") and module.count(".") > 1)
+        return not (self.leaf_modules and block_of(module) not in (None, module))
 
     def enter(self, module: str, value: Value | None) -> Value | None:
         if not module:
             self.begin_pass()
+        return value if not (found := self.enter_all(module, [value] if value else [])) else found[0]
+
+    def enter_all(self, module: str, values: Sequence[Value]) -> list[Value]:
         if not self.hooked(module):
-            return value
+            return list(values)
         self.fetch(module)
-        if value is None or value.node is None:
-            return value
+        coming = sum(value.node is not None for value in values)
 
         def run(gradient: Storage, _: list[Storage]) -> list[Storage]:
-            self.release(module)
+            nonlocal coming
+            coming -= 1
+            if not coming:
+                self.release(module)
             return [gradient]
 
-        return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+        return [
+            Value(value.storage, value.elements, Node(self.tape, [value.node], [], run)) if value.node else value
+            for value in values
+        ]
 
     def leave(self, module: str, value: Value) -> Value:
         if not self.hooked(module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scaling.estimate.ops import FLOAT, Ops
-from scaling.estimate.tape import Leaf, Node, Storage, Tape, Value
+from scaling.estimate.tape import Leaf, Node, Storage, Tape, Value, together
 from scaling.groups import Group
 from scaling.inventory import Parameter, parameters
 from scaling.records import BatchPlan
@@ -72,6 +72,10 @@ class Single:
     def enter(self, module: str, value: Value | None) -> Value | None:
         """Before a module."""
         return value
+
+    def enter_all(self, module: str, values: Sequence[Value]) -> list[Value]:
+        """Before a module that is given several tensors."""
+        return list(values)
 
     def leave(self, module: str, value: Value) -> Value:
         """After a module."""
@@ -217,21 +221,19 @@ class FSDP(Single):
         return Value(unit.whole[name], self._elements[name], self.leaves.get(name))
 
     def enter(self, module: str, value: Value | None) -> Value | None:
+        return value if not (found := self.enter_all(module, [value] if value else [])) else found[0]
+
+    def enter_all(self, module: str, values: Sequence[Value]) -> list[Value]:
         unit = self._unit_of.get(module)
         if unit is None:
-            return value
+            return list(values)
         first, unit.in_forward = not unit.in_forward, True
         self._gather(unit)
         self._copy_out(unit, forward=True)
-        if not first or value is None or value.node is None:
-            return value
+        if not first or not any(value.node for value in values):
+            return list(values)
         unit.done = False
-
-        def run(gradient: Storage, _: list[Storage]) -> list[Storage]:
-            self._reduce(unit)
-            return [gradient]
-
-        return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+        return together(self.tape, values, lambda: self._reduce(unit))
 
     def leave(self, module: str, value: Value) -> Value:
         unit = self._unit_of.get(module)
