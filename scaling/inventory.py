@@ -5,6 +5,7 @@ A test builds the real module on the meta device and finds the same names and sh
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from scaling.spec.sections import Decoder, Fusion, Model, Vision, Vla
@@ -64,6 +65,16 @@ def head_dim(model: Decoder) -> int:
 def dropout(model: Model) -> float:
     """The largest dropout probability of any part."""
     return model.dropout if isinstance(model, Decoder) else max(shape.dropout for shape in shapes(model).values())
+
+
+def still(model: Vla, frozen: Collection[str]) -> tuple[str, ...]:
+    """Parts of a vla in which nothing trains and that read nothing that trains, where these parameters are frozen.
+
+    They run without gradients and without dropout.
+    """
+    training = {p.name.partition(".")[0] for p in parameters(model) if p.name not in frozen}
+    found = [part for part in ("vision", "language") if part not in training]
+    return (*found, "fusion") if len(found) == 2 and "fusion" not in training else tuple(found)
 
 
 # ---------------------------------------------------------------- sizes of a sample

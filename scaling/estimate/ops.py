@@ -227,8 +227,9 @@ class Ops:
             run: Backward = lambda gradient, _: [self.new(size) if copies else gradient]  # noqa: E731
             return Value(part.storage, size, Node(self.tape, [part.node], [], run))
 
-        parts = [apart(part) for part in parts]
-        return self.result(sum(part.elements for part in parts), parts, [], lambda gradient, _: [gradient] * len(parts))
+        parts, count = [apart(part) for part in parts], len(parts)
+        elements = sum(part.elements for part in parts)
+        return self.result(elements, parts, [], lambda gradient, _: [gradient] * count)
 
     def contiguous(self, inputs: Value) -> Value:
         """A copy in another layout."""

@@ -1,6 +1,6 @@
 """A whole training step of one rank, played: what it holds before, in forward and backward passes, in the update."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from scaling.estimate.ops import FLOAT, LONG, Ops, Shape
 from scaling.estimate.tape import Storage, Tape, Value, backward
 from scaling.estimate.torch_engines import DDP, FSDP, Single
 from scaling.groups import Group
-from scaling.inventory import text_length
+from scaling.inventory import still, text_length
 from scaling.records import BatchPlan
 from scaling.spec.sections import DDP as DDPSpec
 from scaling.spec.sections import FSDP as FSDPSpec
@@ -67,14 +67,19 @@ def batch_sizes(spec: Spec, plan: BatchPlan, *, cuda: bool) -> list[int]:
             return vla.batch_sizes(model, plan.micro_batch, text) * (1 if cuda else plan.accumulation)
 
 
-def _played_model(spec: Spec, ops: Ops, engine: Single, cast: Cast) -> PlayedDecoder | vla.PlayedVla:
+def _played_model(
+    spec: Spec, frozen: Collection[str], ops: Ops, engine: Single, cast: Cast
+) -> PlayedDecoder | vla.PlayedVla:
     checkpointing, compiled = spec.activation_checkpointing, spec.compile and ops.cuda
     match spec.model:
         case Decoder() as model:
             chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
             return cast.decoder(model, ops, engine, chunked=chunked, checkpointing=checkpointing, compiled=compiled)
         case Vla() as model:
-            return vla.PlayedVla(model, spec.objective, ops, engine, checkpointing=checkpointing, compiled=compiled)
+            parts = still(model, frozen)
+            return vla.PlayedVla(
+                model, spec.objective, ops, engine, still=parts, checkpointing=checkpointing, compiled=compiled
+            )
 
 
 def play(
@@ -94,7 +99,8 @@ def play(
     tape = Tape()
     ops = cast.ops(tape, Shape(plan.micro_batch, plan.sequence_length, WIDTHS[spec.precision]), cuda=cuda, rough=rough)
     engine = cast.engine_for(spec)(ops, spec, groups, rendered, plan)
-    model = _played_model(spec, ops, engine, cast)
+    frozen = {name for group in groups if group.frozen for name in group.names}
+    model = _played_model(spec, frozen, ops, engine, cast)
     held: list[Storage] = []
     if not rough:
         with tape.during("data", "activations"):

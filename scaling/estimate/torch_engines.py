@@ -54,9 +54,19 @@ class Single:
             leaf, count = self.leaves.get(parameter.name), self.held(parameter)
             storage = self.ops.held(count, FLOAT, "parameters", on_host=self.offloads)
             self.values[parameter.name] = Value(storage, count, leaf)
-            if leaf is not None:
-                held = self.ops.held
-                self._state += [held(size, FLOAT, "optimizer", on_host=self.offloads) for size in (count, count, 1)]
+        self.fill()
+        held = self.ops.held
+        for value in self.values.values():
+            if value.node is not None:
+                sizes = (value.elements, value.elements, 1)
+                self._state += [held(size, FLOAT, "optimizer", on_host=self.offloads) for size in sizes]
+
+    def fill(self) -> None:
+        """Initial values, each made whole on the host, where the one before is let go when the next is there."""
+        value = None
+        for parameter in () if self.ops.cuda else self.parameters:
+            value = Storage(self.tape, FLOAT * parameter.elements, "other")
+        del value
 
     def held(self, parameter: Parameter) -> int:
         """Elements of a parameter on this rank."""
@@ -325,9 +335,11 @@ class FSDP(Single):
             return
         count = sum(unit.shard[name] for name, _ in found)
         self._reducing = Storage(self.tape, FLOAT * count * self.ranks, "communication")
+        last = grads[-1] if self.ranks > 1 else None  # a variable of torch's loop over gradients keeps it to the end
         del grads
         final = self.replicas == 1 or self._last
         part = Storage(self.tape, FLOAT * count, "gradients" if final else "communication")
+        del last
         if not final:
             unit.partial = unit.partial or part
             return

@@ -1,5 +1,7 @@
 """The model of scaling/models/vla.py and its losses, played on a tape: same names, same order."""
 
+from collections.abc import Collection
+
 from scaling.estimate.decoder import Hooks, PlayedBlocks
 from scaling.estimate.ops import FLOAT, LONG, Ops
 from scaling.estimate.tape import Value
@@ -30,6 +32,7 @@ class PlayedVla:
         ops: Ops,
         hooks: Hooks,
         *,
+        still: Collection[str] = (),
         checkpointing: str = "none",
         compiled: bool = False,
     ) -> None:
@@ -38,12 +41,12 @@ class PlayedVla:
         self.ops = ops
         self.hooks = hooks
         self.text = text_length(model, ops.shape.sequence)
-        self.parts = {
-            name: PlayedBlocks(shape, ops, hooks, checkpointing=checkpointing, compiled=compiled)
-            for name, shape in shapes(model).items()
-        }
-        self.checkpointing = checkpointing
-        self.compiled = compiled
+        self.parts: dict[str, PlayedBlocks] = {}
+        for name, shape in shapes(model).items():
+            # Where no gradient is asked for checkpointing does nothing, and in eval mode dropout neither.
+            mode = "none" if name in still else checkpointing
+            shape = shape.model_copy(update={"dropout": 0.0}) if name in still else shape
+            self.parts[name] = PlayedBlocks(shape, ops, hooks, checkpointing=mode, compiled=compiled)
 
     def forward(self) -> Value:
         """The summed loss."""
@@ -139,19 +142,19 @@ class PlayedVla:
     def fusion_block(self, name: str, hidden: Value, context: Value) -> Value:
         """FusionBlock.forward, checkpointed or not, with what a backend does before and after it."""
         hidden, context = self.hooks.enter_all(name, [hidden, context])
-        if self.checkpointing == "none":
+        mode = self.parts["fusion"].checkpointing
+        if mode == "none":
             return self.hooks.leave(name, self.fusion_block_forward(name, hidden, context))
 
         def call(hidden: Value) -> Value:
             return self.fusion_block_forward(name, hidden, context)
 
-        selective = self.checkpointing == "selective"
-        return self.hooks.leave(name, self.ops.checkpointed(call, hidden, selective=selective))
+        return self.hooks.leave(name, self.ops.checkpointed(call, hidden, selective=mode == "selective"))
 
     def fusion_block_forward(self, name: str, hidden: Value, context: Value) -> Value:
         """FusionBlock.forward."""
         part, ops = self.parts["fusion"], self.ops
-        ops.compiled = self.compiled
+        ops.compiled = part.compiled
         try:
             normed = part.wrapped(f"{name}.input_layernorm", hidden, part.norm)
             mixed = part.wrapped(f"{name}.self_attn", normed, part.attention)

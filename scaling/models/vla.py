@@ -61,7 +61,7 @@ class Vla(nn.Module):
             read = self.language(instruction)
         with self._gradients("fusion"):
             fused = self.fusion(seen, read, state, noised, time)
-        return self.action_head(fused)
+        return self.action_head(fused).clone()  # FSDP2 warns of results that are views
 
     def train(self, mode: bool = True) -> "Vla":
         """As nn.Module's; parts that are still stay in eval mode, since what never changes needs no dropout."""
