@@ -11,9 +11,9 @@ CHECKED = ("single", "fsdp", "hsdp", "zero1", "zero2-small", "zero3", "zero2-off
 """Of the backends there, one configuration each."""
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    cells = list(draw(len(CHECKED), 11, list(CHECKED), tmp_path_factory.mktemp("drawn")))
+@pytest.fixture(scope="module", params=["decoder", "vla"])
+def rows(request, tmp_path_factory):
+    cells = list(draw(len(CHECKED), 11, list(CHECKED), tmp_path_factory.mktemp("drawn"), request.param))
     return list(compare(cells))
 
 
