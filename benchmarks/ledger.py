@@ -57,9 +57,11 @@ BACKENDS: dict[str, dict[str, Any]] = {
 
 def main() -> int:
     options = _parser().parse_args()
+    backends = options.backends.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        backends = options.backends.split(",")
-        cells = list(draw(options.configurations, options.seed, backends, Path(folder), lora=options.lora))
+        cells = list(
+            draw(options.configurations, options.seed, backends, Path(folder), options.model, lora=options.lora)
+        )
         shares = [cells[first :: options.jobs] for first in range(options.jobs)]
         with ThreadPoolExecutor(options.jobs) as pool:
             rows = [row for found in pool.map(_compare, shares) for row in found]
@@ -133,10 +135,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**found, "good": good}
 
 
-def draw(count: int, seed: int, backends: list[str], folder: Path, *, lora: float = 0.0) -> Iterator[dict[str, Any]]:
-    """Configurations, each with its spec written to `folder`; the backends take turns.
+def draw(
+    count: int, seed: int, backends: list[str], folder: Path, model: str = "decoder", *, lora: float = 0.0
+) -> Iterator[dict[str, Any]]:
+    """Configurations of a kind of `model`, each with its spec written to `folder`; the backends take turns.
 
-    A share of `lora` of them has adapters, which a generator of their own draws: all else is as without.
+    A share of `lora` of the decoders has adapters, which a generator of their own draws: all else is as without.
     """
     chance, chance_of_lora = random.Random(seed), random.Random(f"{seed} lora")
     for number in range(count):
@@ -146,14 +150,22 @@ def draw(count: int, seed: int, backends: list[str], folder: Path, *, lora: floa
             world_size = 1
         if name == "hsdp":
             world_size = chance.choice([2, 4, 8, 64])
-        spec = {"model": _model(chance), "backend": backend, **_rest(chance, world_size)}
-        if lora and chance_of_lora.random() < lora:
+        spec = (
+            {"backend": backend, **_vla(chance, world_size)}
+            if model == "vla"
+            else _decoder(chance, backend, world_size)
+        )
+        if model == "decoder" and lora and chance_of_lora.random() < lora:
             spec["lora"] = _lora(chance_of_lora, spec["model"])
         path = folder / f"{number}.json"
         path.write_text(json.dumps(spec))
         told = f"{number} {name} x{world_size} " + json.dumps({k: v for k, v in spec.items() if k != "data"})
         steps = STEPS_3 if backend.get("zero_stage") == 3 else STEPS
         yield {"spec": str(path), "world_size": world_size, "set": [], "steps": steps, "name": told}
+
+
+def _decoder(chance: random.Random, world_size: int) -> dict[str, Any]:
+    return {"model": _model(chance), **_rest(chance, world_size)}
 
 
 def _model(chance: random.Random) -> dict[str, Any]:
@@ -211,12 +223,64 @@ def _rest(chance: random.Random, world_size: int) -> dict[str, Any]:
     }
 
 
+def _vla(chance: random.Random, world_size: int) -> dict[str, Any]:
+    """A vla on images of up to 48 pixels, with any of its parts frozen, or pieces of them."""
+    patch, text, flow = chance.choice([4, 8]), chance.choice([8, 21, 40]), chance.random() < 0.4
+    language = _model(chance) | {"hidden_size": 0, "num_attention_heads": chance.choice([2, 4]), "causal": True}
+    language |= {"tie_word_embeddings": False, "max_position_embeddings": 64, "causal": chance.random() < 0.5}
+    heads = language["num_attention_heads"]
+    language["hidden_size"], language["intermediate_size"] = heads * 32, heads * 32 * chance.choice([2, 4])
+    language["num_key_value_heads"] = min(language["num_key_value_heads"], heads) if heads > 2 else heads
+    drawn = _rest(chance, world_size)
+    frozen = chance.choice(
+        [["vision.*"], ["vision.*"], ["vision.*", "language.*"], [], ["language.*"], ["*.layers.0.*"]]
+    )
+    frozen = chance.choice([frozen, frozen, ["vision.*", "language.*", "fusion.*"], ["fusion.layers.*", "vision.*"]])
+    groups = [{"name": "frozen", "match": frozen, "freeze": True}] if frozen else []
+    groups.append({"name": "language", "match": ["language.*"], "lr": 1e-5})
+    return drawn | {
+        "model": {
+            "kind": "vla",
+            "vision": {
+                "image_size": patch * chance.choice([2, 4, 6]),
+                "patch_size": patch,
+                "views": chance.choice([1, 2, 3]),
+                **_tower(chance, [1, 2, 3, 4]),
+            },
+            "language": language,
+            "fusion": _tower(chance, [1, 2, 3]),
+            "action": {
+                "action_dim": chance.choice([3, 7, 14]),
+                "chunk_size": chance.choice([4, 16, 50]),
+                "state_dim": chance.choice([1, 8]),
+                "head": "velocity" if flow else "direct",
+            },
+        },
+        "objective": {"kind": "behaviour_cloning", "loss": "flow_matching" if flow else "regression"}
+        | ({} if flow else {"error": chance.choice(["l1", "mse"])}),
+        "data": {"kind": "synthetic", "sequence_length": text},
+        "param_groups": [*groups, {"name": "rest", "match": ["*"]}],
+    }
+
+
+def _tower(chance: random.Random, layers: list[int]) -> dict[str, Any]:
+    heads = chance.choice([2, 4])
+    width = heads * chance.choice([16, 24, 32])
+    return {
+        "hidden_size": width,
+        "intermediate_size": width * chance.choice([2, 4]),
+        "num_hidden_layers": chance.choice(layers),
+        "num_attention_heads": heads,
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.splitlines()[0])
     parser.add_argument("--configurations", type=int, default=200)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--backends", default=",".join(BACKENDS), help=f"of {','.join(BACKENDS)}")
     parser.add_argument("--lora", type=float, default=0.0, help="share of configurations with adapters (default 0)")
+    parser.add_argument("--model", choices=["decoder", "vla"], default="decoder", help="what is drawn")
     parser.add_argument("--jobs", type=int, default=1, help="rehearsals at a time")
     parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
     return parser

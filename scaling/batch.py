@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from scaling.errors import UserError
+from scaling.inventory import sample_length
 from scaling.records import BatchPlan
 from scaling.spec.sections import FSDP, Batch, DeepSpeed, Single, Spec
 
@@ -75,7 +76,7 @@ def _rank_groups(spec: Spec) -> list[tuple[str, int]]:
 
 def _solve(spec: Spec, world_size: int) -> BatchPlan | None:
     """The plan where the sizes multiply exactly, None where they do not."""
-    length = spec.data.sequence_length
+    length = sample_length(spec.model, spec.data.sequence_length)
     whole, micro, accumulation = _known(spec.batch.global_batch_size), *_steps(spec.batch)
     if spec.batch.global_batch_tokens is not None:
         whole = _exact(spec.batch.global_batch_tokens, length)
@@ -115,7 +116,7 @@ def _exact(value: int, divisor: int) -> int | None:
 def _refusal(spec: Spec, world_size: int) -> str:
     """The message for sizes that do not multiply exactly: field, rule with its numbers, value, and what would work."""
     in_tokens = spec.batch.global_batch_tokens is not None
-    length = spec.data.sequence_length
+    length = sample_length(spec.model, spec.data.sequence_length)
     asked = spec.batch.global_batch_tokens if in_tokens else _known(spec.batch.global_batch_size)
     assert asked is not None, "an open global batch always works"
     micro, accumulation = _steps(spec.batch)
@@ -175,6 +176,7 @@ def _kept(spec: Spec, whole: int, world_size: int) -> list[BatchPlan]:
     def divides(size: int) -> bool:
         return whole % size == 0 and _backend_takes(spec, size)
 
+    length = sample_length(spec.model, spec.data.sequence_length)
     sizes = [world_size] if divides(world_size) else _legal_near(world_size, divides)
     micro, accumulation = _steps(spec.batch)
     plans: list[BatchPlan] = []
@@ -189,7 +191,7 @@ def _kept(spec: Spec, whole: int, world_size: int) -> list[BatchPlan]:
             other = _exact(per_rank, value)
             assert other is not None, (per_rank, value)
             pair = (value, other) if micro is not None else (other, value)
-            plans.append(BatchPlan(whole, *pair, size, spec.data.sequence_length))
+            plans.append(BatchPlan(whole, *pair, size, length))
     return plans
 
 

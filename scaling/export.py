@@ -30,7 +30,7 @@ from scaling.checkpoint.store import free_bytes, sync_folder, write_synced
 from scaling.data.progress import progress_in_bytes
 from scaling.errors import CheckpointError, CommandLine, StorageError, positive, run_command
 from scaling.inventory import parameters
-from scaling.spec.sections import Decoder
+from scaling.spec.sections import Model, Vla
 from scaling.units import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong command line is refused before
@@ -149,7 +149,7 @@ def _write_all(weights: "CheckpointWeights", folder: Path, dtype: str, shard_byt
         source = MergedWeights(weights, weights.lora) if merged else BaseWeights(weights)
     files = _write_tensors(source, stored, folder, dtype, shard_bytes)
     end_of_text, notes = _copy_tokenizer(weights.spec, folder)
-    if model_type is None:
+    if model_type is None or isinstance(model, Vla):
         document = {"format_version": 1, "model": model.model_dump(mode="json")}
         _write_json(folder / OWN_CONFIG, document)
     else:
@@ -168,7 +168,7 @@ def _write_adapters(weights: "CheckpointWeights", folder: Path, dtype: str) -> E
     return Exported(model_type, tensors, size, 1, ("adapters alone: peft puts them into the model of --base",))
 
 
-def _layout(model: Decoder) -> tuple[str | None, tuple[Stored, ...]]:
+def _layout(model: Model) -> tuple[str | None, tuple[Stored, ...]]:
     """The `model_type` of the Hugging Face model that computes the same, if there is one, and its tensors."""
     model_type = family(model)
     stored = layout(model, "own" if model_type is None else "gpt2" if model_type == "gpt2" else "llama")

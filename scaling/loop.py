@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scaling.checkpoint.keeper import Keeper
-from scaling.data.dataset import MicroBatch
+from scaling.data.dataset import Samples
 from scaling.data.hashing import derive
 from scaling.engine.process import Process
 from scaling.engine.protocol import Engine
@@ -18,7 +18,7 @@ from scaling.nonfinite import NonFinitePolicy
 from scaling.objectives import Objective
 from scaling.profile.clock import Clock
 from scaling.profile.recorder import Landed, Recorder, StepResult
-from scaling.records import IGNORED, BatchPlan, Progress, ValidationRecord
+from scaling.records import BatchPlan, Progress, ValidationRecord
 from scaling.schedule import lr_factor
 from scaling.spec.sections import AnySchedule
 from scaling.units import format_seconds
@@ -44,7 +44,7 @@ class Course:
 def train(
     engine: Engine,
     objective: Objective,
-    batches: Iterator[list[MicroBatch]],
+    batches: Iterator[list[Samples]],
     process: Process,
     recorder: Recorder,
     keeper: Keeper,
@@ -133,17 +133,17 @@ def _seed_step(seed: int, step: int, process: Process) -> None:
 def train_step(
     engine: Engine,
     objective: Objective,
-    micro_batches: list[MicroBatch],
+    micro_batches: list[Samples],
     process: Process,
     clock: Clock,
     requests: tuple[bool, bool],
 ) -> StepResult:
     """One optimizer step over the micro-batches of this rank. `requests`: to stop; to look at a save that failed."""
     device = process.device
-    targets = sum(int((batch.targets != IGNORED).sum()) for batch in micro_batches)
-    targets = process.sum_over_ranks(torch.tensor(float(targets), device=device)).clamp(min=1.0)
+    terms = sum(batch.terms for batch in micro_batches)
+    terms = process.sum_over_ranks(torch.tensor(float(terms), device=device)).clamp(min=1.0)
     # Gradients are averaged over ranks; each rank's share of the sum is therefore scaled up by their number.
-    scale = process.world_size / targets
+    scale = process.world_size / terms
     total = torch.full((), 0.0, device=device)
     for index, batch in enumerate(micro_batches):
         with engine.micro_step(last=index == len(micro_batches) - 1):
@@ -157,20 +157,20 @@ def train_step(
     with clock.phase("optimizer"):
         norm = engine.step()
     loss, wishes, bad_ranks = _over_ranks(total, requests, process)
-    return StepResult(loss / targets, norm, bad_ranks, wishes)
+    return StepResult(loss / terms, norm, bad_ranks, wishes)
 
 
 def measure_validation(
     engine: Engine,
     objective: Objective,
-    batches: Iterator[MicroBatch],
+    batches: Iterator[Samples],
     process: Process,
     heartbeat: Heartbeat,
     *,
     step: int,
     bytes_per_token: float | None,
 ) -> ValidationRecord:
-    """The mean loss over the target tokens of `batches` on all ranks; every rank must bring as many batches."""
+    """The mean loss over the terms (target tokens) of `batches` on all ranks; every rank must bring as many batches."""
     began = time.perf_counter()
     engine.module.eval()
     sums = torch.full((2,), 0.0, dtype=torch.float64)
@@ -179,12 +179,12 @@ def measure_validation(
             heartbeat.part()
             loss = objective(engine.module, _to(batch, process.device))
             # A wait for the device at each batch; validation is a pause anyway.
-            sums += torch.tensor([float(loss), float((batch.targets != IGNORED).sum())], dtype=torch.float64)
+            sums += torch.tensor([float(loss), float(batch.terms)], dtype=torch.float64)
     engine.module.train()
-    total, tokens = process.sum_over_ranks(sums.to(process.device)).tolist()
-    loss = total / max(1.0, tokens)
+    total, terms = process.sum_over_ranks(sums.to(process.device)).tolist()
+    loss = total / max(1.0, terms)
     bits_per_byte = None if bytes_per_token is None else loss / 0.6931471805599453 / bytes_per_token
-    return ValidationRecord(step, loss, bits_per_byte, int(tokens), time.perf_counter() - began)
+    return ValidationRecord(step, loss, bits_per_byte, int(terms), time.perf_counter() - began)
 
 
 def _over_ranks(total: Tensor, requests: tuple[bool, bool], process: Process) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,5 +204,5 @@ def _set_learning_rates(groups: list[dict[str, Any]], factor: float) -> dict[str
     return {group["name"]: group["lr"] for group in groups}
 
 
-def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    return MicroBatch(batch.inputs.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True))
+def _to(batch: Samples, device: torch.device) -> Samples:
+    return batch.each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.errors import CommandLine, UserError, positive, run_command
+from scaling.inventory import dropout
 from scaling.run_folder import strict
 from scaling.spec import Spec, load_spec
 from scaling.view import parity_table, print_table
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for outcome in outcomes:
         if outcome.error is not None:
             _say(f"{outcome.backend} on {outcome.world_size} ranks failed: {outcome.error}")
-    for field, on in (("model.dropout", spec.model.dropout), ("lora.dropout", spec.lora and spec.lora.dropout)):
+    for field, on in (("model.dropout", dropout(spec.model)), ("lora.dropout", spec.lora and spec.lora.dropout)):
         if on:
             _say(f"note: dropout is on, whose masks differ between world sizes; set {field}=0 to compare")
     if options.json:

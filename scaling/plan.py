@@ -32,7 +32,7 @@ from scaling.estimate.report import PHASES, report
 from scaling.estimate.search import MARGIN, Candidate, Found, flags, known, search
 from scaling.groups import resolve_groups
 from scaling.hardware import GPU, GPUS, Cluster, load_hardware, parse_gpus
-from scaling.inventory import parameters
+from scaling.inventory import parameters, sample_length
 from scaling.render import render
 from scaling.spec import Document, Spec, parse_spec, placed, read_document
 from scaling.units import GiB, format_bytes, format_count, format_seconds
@@ -240,7 +240,7 @@ def _head(spec: Spec, found: Found, margin: float) -> list[str]:
     gpu = found.cluster.gpu
     lines = [
         f"{spec.name} on {found.cluster.name}: {format_count(total)} parameters, {format_count(trained)} train, "
-        f"sequences of {spec.data.sequence_length:,} tokens, {spec.precision}",
+        f"sequences of {sample_length(spec.model, spec.data.sequence_length):,} tokens, {spec.precision}",
         f"usable memory of each {_unit(gpu)}: {usable} ({margin:.0%} left free)".replace("%", " %")
         + "; all figures below are predicted, none is measured",
     ]

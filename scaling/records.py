@@ -20,7 +20,7 @@ class BatchPlan:
     world_size: int
     """Ranks, each of which sees its own sequences."""
     sequence_length: int
-    """Tokens in one sequence."""
+    """Tokens in one sequence; of a vla positions in one sample (`scaling.inventory.sample_length`)."""
 
     def __post_init__(self) -> None:
         assert self.global_batch == self.micro_batch * self.world_size * self.accumulation, self
@@ -46,7 +46,7 @@ class Progress:
     samples: int = 0
     """Where in the global order of samples the next step looks for its own."""
     tokens: int = 0
-    """Input tokens seen, masked ones included."""
+    """Input tokens seen, masked ones included; of a vla positions (`scaling.inventory.sample_length`)."""
     skipped: tuple[int, ...] = ()
     """Places in the order at which a step's samples are passed over, since they gave no finite gradient."""
     best: tuple[int, float] | None = None
@@ -79,7 +79,7 @@ class StepRecord:
     step: int
     """Number of the optimizer step, the first being 1."""
     loss: float
-    """Mean over the target tokens of the whole step, nats."""
+    """Mean over the target tokens of the whole step, nats; of actions over their numbers."""
     grad_norm: float
     """Global 2-norm before clipping."""
     lr: dict[str, float]
@@ -116,11 +116,11 @@ class ValidationRecord:
     step: int
     """Optimizer steps done."""
     loss: float
-    """Mean over the target tokens of the validation set, nats."""
+    """Mean over the target tokens of the validation set, nats; of actions over their numbers."""
     bits_per_byte: float | None
     """Loss in bits per UTF-8 byte of text; None where the number of bytes is not known."""
     tokens: int
-    """Target tokens of the validation set."""
+    """Target tokens of the validation set; of actions their numbers, padding left out."""
     seconds: float
 
 

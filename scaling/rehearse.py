@@ -6,7 +6,7 @@
 FILE is a list of {"spec": …, "world_size": …, "set": ["a.b.c=VALUE", …], "steps": …}: each is rehearsed in a process
 of its own, and what does not fit, or fails, is a result too.
 
-Builds the engine of the spec as rank 0 of that many ranks and takes a few of its steps on made-up tokens, for real, on
+Builds the engine of the spec as rank 0 of that many ranks and takes a few of its steps on made-up samples, for real, on
 this one device. The other ranks do not exist: every collective returns at once, with this rank's own values, so memory
 is that of the real run, while losses mean nothing and communication costs no time. On a GPU the caching allocator is
 asked, on a CPU the bytes of live tensors are counted.
@@ -27,15 +27,17 @@ from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_com
 from scaling.estimate.memory import MemoryModel
 from scaling.estimate.report import memory_report
 from scaling.hardware import gpu_from_device_name
+from scaling.inventory import CHANNELS
 from scaling.run import Job, device_name, resolve
 from scaling.run_folder import environment
-from scaling.spec import load_spec
+from scaling.spec import Spec, load_spec
+from scaling.spec.sections import Decoder
 from scaling.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from scaling.data.dataset import MicroBatch
+    from scaling.data.dataset import Samples
     from scaling.engine.process import Process
     from scaling.engine.protocol import Engine
     from scaling.profile.meter import MemoryMeter
@@ -210,7 +212,7 @@ def lines(report: dict[str, Any]) -> list[str]:
 def take_steps(
     job: Job, process: "Process", meter: "MemoryMeter", steps: int, micro_steps: int | None = None
 ) -> list[float]:
-    """Build the engine and take steps of it on made-up tokens; the seconds of each.
+    """Build the engine and take steps of it on made-up samples; the seconds of each.
 
     With `micro_steps` each step takes no more than so many of its micro-batches; all of them are there.
     """
@@ -218,12 +220,12 @@ def take_steps(
 
     from scaling.engine.build import build_engine
     from scaling.loop import train_step
-    from scaling.models.decoder import decoder_recipe
+    from scaling.models.build import model_recipe
     from scaling.objectives import build_objective
 
     spec = job.spec
     objective = build_objective(spec.objective, job.allow_import)
-    recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
+    recipe = model_recipe(spec)
     with meter.phase("build"):
         engine = build_engine(spec, job.rendered, recipe, job.groups, process)
         with meter.category("optimizer"), engine.loading(engine.counters()):
@@ -235,7 +237,7 @@ def take_steps(
         for _ in range(steps):
             gc.collect()
             began = time.perf_counter()
-            batches = _micro_batches(job, process, meter)
+            batches = _micro_batches(job, meter)
             train_step(engine, objective, batches[:micro_steps], process, meter.clock, (False, False))
             del batches  # before the next are made
             if process.device.type == "cuda":
@@ -293,15 +295,31 @@ def _within(forward: "Callable[..., Tensor]", meter: "MemoryMeter") -> "Callable
     return call
 
 
-def _micro_batches(job: Job, process: "Process", meter: "MemoryMeter") -> "list[MicroBatch]":
+def _micro_batches(job: Job, meter: "MemoryMeter") -> "list[Samples]":
+    with meter.phase("data"):
+        return [_made_up(job.spec, job.plan.micro_batch) for _ in range(job.plan.accumulation)]
+
+
+def _made_up(spec: Spec, count: int) -> "Samples":
+    """So many random samples of the shapes that `spec` says."""
     import torch
 
-    from scaling.data.dataset import MicroBatch
+    from scaling.data.dataset import ActionBatch, MicroBatch
 
-    shape = (job.plan.micro_batch, job.plan.sequence_length)
-    with meter.phase("data"):
-        ids = [torch.randint(job.spec.model.vocab_size, shape) for _ in range(2 * job.plan.accumulation)]
-    return [MicroBatch(inputs, targets) for inputs, targets in zip(ids[::2], ids[1::2], strict=True)]
+    model, length = spec.model, spec.data.sequence_length
+    if isinstance(model, Decoder):
+        inputs, targets = (torch.randint(model.vocab_size, (count, length)) for _ in range(2))
+        return MicroBatch(inputs, targets)
+    vision, action = model.vision, model.action
+    size = (count, vision.views, vision.image_size, vision.image_size, CHANNELS)
+    return ActionBatch(
+        images=torch.randint(256, size, dtype=torch.uint8),
+        instruction=torch.randint(model.language.vocab_size, (count, length)),
+        state=torch.rand(count, action.state_dim),
+        actions=torch.rand(count, action.chunk_size, action.action_dim),
+        action_is_pad=torch.zeros(count, action.chunk_size, dtype=torch.bool),
+        keys=torch.randint(2**62, (count,)),
+    )
 
 
 def _parser() -> CommandLine:

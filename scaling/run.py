@@ -91,7 +91,7 @@ def run(
     """
     from scaling.data.build import build_datasets
     from scaling.engine.build import build_engine
-    from scaling.models.decoder import decoder_recipe
+    from scaling.models.build import model_recipe
     from scaling.objectives import build_objective
 
     spec = job.spec
@@ -102,7 +102,7 @@ def run(
     identity = _identity(job, process, dataset.fingerprint)
     start = None if resume is None else _starting_point(job, process, resume, identity)
     weights = _initial_weights(spec, process) if start is None else None
-    recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
+    recipe = model_recipe(spec)
     engine = build_engine(spec, job.rendered, recipe, job.groups, process)
     with closing(engine):
         progress = _first_state(engine, start, weights)

@@ -44,9 +44,9 @@ FOUND = {  # what draws have found: the ledger was off by 1 to 19 %
 }
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    cells = list(draw(len(CHECKED), 11, list(CHECKED), tmp_path_factory.mktemp("drawn")))
+@pytest.fixture(scope="module", params=["decoder", "vla"])
+def rows(request, tmp_path_factory):
+    cells = list(draw(len(CHECKED), 11, list(CHECKED), tmp_path_factory.mktemp("drawn"), request.param))
     for name, (spec, world_size, backend, changes) in FOUND.items():
         settings = [
             f"{field}={json.dumps(value)}" for field, value in {"backend": BACKENDS[backend], **changes}.items()

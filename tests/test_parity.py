@@ -15,6 +15,12 @@ GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
         "gpt-parity", "3", "single,ddp,fsdp,zero1,zero3",
         ("model.vocab_size=509", 'batch={"global_batch_size": 12, "gradient_accumulation_steps": 2}'),
     ),
+    "vision, language and actions": ("vla-parity", "1,2", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero3-offload", ()),
+    "flow matching in bf16, checkpointed": (
+        "vla-parity", "2", "single,fsdp,zero1,zero3",
+        ("precision=bf16", "objective.loss=flow_matching", "model.action.head=velocity",
+         "activation_checkpointing=selective")
+    ),
     "selective checkpointing": (
         "gpt-parity", "2", "single,fsdp,fsdp-offload,zero3,zero3-hpz,zero3-offload",
         ('activation_checkpointing="selective"',)

@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scaling.inventory import Parameter, head_dim, parameters
-from scaling.spec.sections import Decoder
+from scaling.inventory import Parameter, head_dim, parameters, shapes
+from scaling.spec.sections import Decoder, Model, Vla
 
 CONFIG, OWN_CONFIG = "config.json", "scaling_spec.json"
 """Beside weights: which model they are of, as Hugging Face says it; or, under our own names, the spec's `model`."""
@@ -48,10 +48,10 @@ _BUFFERS = re.compile(r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.se
 """Constants that older versions of transformers saved among the weights."""
 
 
-def layout(model: Decoder, names: Names) -> tuple[Stored, ...] | None:
+def layout(model: Model, names: Names) -> tuple[Stored, ...] | None:
     """The tensors of `model` under these names, in order; None where it has parts that the names have no word for."""
     if names == "gpt2":
-        return _gpt2_layout(model)
+        return None if isinstance(model, Vla) else _gpt2_layout(model)
     return tuple(
         Stored(p.name if names == "own" or p.name == "lm_head.weight" else f"model.{p.name}", p.shape, (p,))
         for p in parameters(model)
@@ -97,8 +97,10 @@ def recognise(found: Collection[str]) -> tuple[Names, dict[str, str]]:
 # ---------------------------------------------------------------- config.json
 
 
-def family(model: Decoder) -> str | None:
+def family(model: Model) -> str | None:
     """The `model_type` of the family that computes as `model` does; None where none of them does."""
+    if isinstance(model, Vla):
+        return None
     whole = model.hidden_size % model.num_attention_heads == 0
     if model.position == "learned":
         plain = model.norm == "layernorm" and model.activation != "swiglu" and model.bias and not model.qk_norm
@@ -164,8 +166,12 @@ _CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"
 # ---------------------------------------------------------------- what shapes do not tell
 
 
-def behaviour(model: Decoder) -> dict[str, Any]:
+def behaviour(model: Model) -> dict[str, Any]:
     """The fields that decide what is computed and that no shape of a tensor tells, by their name in the spec."""
+    if isinstance(model, Vla):
+        parts = {part: behaviour(shape) for part, shape in shapes(model).items()}
+        found = {f"{part}.{field}": value for part, fields in parts.items() for field, value in fields.items()}
+        return found | {"language.causal": model.language.causal}
     found = {
         "norm": model.norm,
         "norm_eps": model.norm_eps,

@@ -32,7 +32,7 @@ from scaling.checkpoint.store import BEST, LATEST, MANIFEST, Store, problems_of
 from scaling.errors import CheckpointError, UserError
 from scaling.inventory import parameters, tied
 from scaling.run_folder import CHECKPOINTS
-from scaling.spec.sections import Decoder, Lora
+from scaling.spec.sections import Decoder, Lora, Model, Vla
 
 logger = logging.getLogger("scaling")
 
@@ -119,7 +119,7 @@ def _whole(folder: Path, problems: Callable[[Path], list[str]]) -> Path:
 # ---------------------------------------------------------------- opening
 
 
-def open_weights(path: Path, model: Decoder, lora: Lora | None = None) -> WeightSource:
+def open_weights(path: Path, model: Model, lora: Lora | None = None) -> WeightSource:
     """The weights in `path`, as `find_weights` gave it, for a model that has exactly these.
 
     With `lora` they are what adapters are put in; a checkpoint with the same adapters gives those too.
@@ -135,7 +135,7 @@ def open_weights(path: Path, model: Decoder, lora: Lora | None = None) -> Weight
         return _open_files(path, files, model)
 
 
-def _open_checkpoint(path: Path, model: Decoder, lora: Lora | None) -> WeightSource:
+def _open_checkpoint(path: Path, model: Model, lora: Lora | None) -> WeightSource:
     source = CheckpointWeights(path)
     if source.lora is not None:
         _check_adapters(path, source.lora, model, lora)
@@ -146,8 +146,9 @@ def _open_checkpoint(path: Path, model: Decoder, lora: Lora | None) -> WeightSou
     return source
 
 
-def _check_adapters(path: Path, found: Lora, model: Decoder, lora: Lora | None) -> None:
+def _check_adapters(path: Path, found: Lora, model: Model, lora: Lora | None) -> None:
     """CheckpointError where the weights in `path` have other adapters than `lora`, or `lora` is none."""
+    assert isinstance(model, Decoder), "the spec refuses adapters in others"
     have, want = ((one.rank, one.alpha, one.targets(model)) for one in (found, lora or found))
     if lora is None or have != want:
         told = f"rank {found.rank}, alpha {found.alpha:g}, {', '.join(have[2])}"
@@ -158,7 +159,7 @@ def _check_adapters(path: Path, found: Lora, model: Decoder, lora: Lora | None) 
         )
 
 
-def _open_files(path: Path, files: TensorFiles, model: Decoder) -> WeightSource:
+def _open_files(path: Path, files: TensorFiles, model: Model) -> WeightSource:
     names, own = recognise(files.entries)
     stored = layout(model, names)
     if stored is None:
@@ -177,13 +178,14 @@ def _open_files(path: Path, files: TensorFiles, model: Decoder) -> WeightSource:
     return FileWeights(files, stored, own)
 
 
-def _check_config(folder: Path, model: Decoder) -> None:
+def _check_config(folder: Path, model: Model) -> None:
     """Refuse a folder whose config.json, or scaling_spec.json, describes a model that computes something else."""
     remedy = "name its .safetensors file, or the index of several, itself"
     if (path := folder / OWN_CONFIG).exists():
         _check_behaviour(path, behaviour(parse_model(path, read_json(path).get("model"))), model, remedy)
     elif (path := folder / CONFIG).exists():
-        found = behaviour_of_config(read_json(path), model.max_position_embeddings)
+        context = model.max_position_embeddings if isinstance(model, Decoder) else 0
+        found = behaviour_of_config(read_json(path), context)
         if isinstance(found, str):
             raise CheckpointError(
                 f"`initialize_from` must hold a model that the decoder can compute, but {path} has {found[:200]}; "
@@ -192,7 +194,7 @@ def _check_config(folder: Path, model: Decoder) -> None:
         _check_behaviour(path, found, model, remedy)
 
 
-def _check_behaviour(path: Path, found: Mapping[str, Any], model: Decoder, remedy: str) -> None:
+def _check_behaviour(path: Path, found: Mapping[str, Any], model: Model, remedy: str) -> None:
     """CheckpointError where a model described in `path` computes something else than `model` from equal weights."""
     for field, value in behaviour(model).items():
         if field in found and not equal(found[field], value):
@@ -206,7 +208,7 @@ def _check_shapes(
     path: Path,
     found: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, tuple[int, ...]],
-    model: Decoder,
+    model: Model,
     spare: str | None,
 ) -> None:
     """CheckpointError unless `found` has the names and shapes of `wanted`; it may have the name `spare` besides."""
@@ -231,9 +233,9 @@ def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
     return " and ".join(problems) or None
 
 
-def _remedy(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], model: Decoder) -> str:
+def _remedy(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], model: Model) -> str:
     for name in found.keys() & wanted.keys():
-        if found[name] == wanted[name] or found[name][1:] != (model.hidden_size,):
+        if found[name] == wanted[name] or not isinstance(model, Decoder) or found[name][1:] != (model.hidden_size,):
             continue
         if name.endswith(("embed_tokens.weight", "wte.weight")):
             return f"set `model.vocab_size` to {found[name][0]}: rows that nothing has trained are not made up here"
@@ -250,7 +252,7 @@ def _some(names: list[str]) -> str:
 
 
 def _spare_head(
-    found: Mapping[str, tuple[int, ...]], model: Decoder, read: Callable[[str, int, int], Tensor], embedding: str
+    found: Mapping[str, tuple[int, ...]], model: Model, read: Callable[[str, int, int], Tensor], embedding: str
 ) -> str | None:
     """The name of a stored head that a model with a tied one can do without: it must equal the embedding."""
     head = "lm_head.weight"
@@ -268,10 +270,11 @@ def _spare_head(
 # ---------------------------------------------------------------- sources
 
 
-def parse_model(path: Path, section: Any) -> Decoder:
+def parse_model(path: Path, section: Any) -> Model:
     """The `model` of a spec that was saved in `path`."""
-    with suppress(ValueError, RecursionError):
-        return Decoder.model_validate_json(json.dumps(section))
+    kinds: dict[str, type[Decoder] | type[Vla]] = {"decoder": Decoder, "vla": Vla}
+    with suppress(ValueError, RecursionError, KeyError, TypeError):
+        return kinds[section["kind"]].model_validate_json(json.dumps(section))
     raise CheckpointError(f"`{path}` must hold a `model` as specs have it, but does not; use another checkpoint")
 
 

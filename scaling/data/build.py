@@ -1,10 +1,13 @@
 """From a spec to its datasets."""
 
+from collections.abc import Callable
+
+from scaling.data.actions import SyntheticActions
 from scaling.data.dataset import Dataset
 from scaling.data.synthetic import SyntheticDataset
 from scaling.data.text import open_text_data
 from scaling.data.tokens import open_token_data
-from scaling.spec.sections import Spec, SyntheticData, TextData, TokenData
+from scaling.spec.sections import Decoder, Spec, SyntheticData, TextData, TokenData
 
 
 def build_datasets(spec: Spec) -> tuple[Dataset, Dataset | None]:
@@ -13,18 +16,24 @@ def build_datasets(spec: Spec) -> tuple[Dataset, Dataset | None]:
     Every rank calls this by itself, at the same time as others or not: ranks that find another one of their host
     tokenising wait for it. UserError for data that cannot be used, StorageError for the cache folder.
     """
-    vocab_size = spec.model.vocab_size
+    model = spec.model
+    if not isinstance(model, Decoder):
+        data = spec.data
+        assert isinstance(data, SyntheticData), "the spec refuses others"
+        length, masked = data.sequence_length, data.masked_fraction
+        return _streams(data, lambda number, count: SyntheticActions(spec.seed, number, count, model, length, masked))
+    vocab_size = model.vocab_size
     match spec.data:
         case TextData() as data:
             return open_text_data(data, vocab_size)
         case TokenData() as data:
             return open_token_data(data, vocab_size)
         case SyntheticData() as data:
-            return _synthetic(data, spec.seed, vocab_size)
+            length, masked = data.sequence_length, data.masked_fraction
+            return _streams(
+                data, lambda number, count: SyntheticDataset(spec.seed, number, count, length, vocab_size, masked)
+            )
 
 
-def _synthetic(data: SyntheticData, seed: int, vocab_size: int) -> tuple[Dataset, Dataset | None]:
-    def stream(number: int, samples: int) -> SyntheticDataset:
-        return SyntheticDataset(seed, number, samples, data.sequence_length, vocab_size, data.masked_fraction)
-
+def _streams(data: SyntheticData, stream: Callable[[int, int], Dataset]) -> tuple[Dataset, Dataset | None]:
     return stream(0, data.samples), stream(1, data.validation_samples) if data.validation_samples else None

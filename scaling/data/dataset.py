@@ -1,7 +1,8 @@
-"""What the loop knows of data: micro-batches of token ids, and datasets that read them by index."""
+"""What the loop knows of data: micro-batches of samples, and datasets that read them by index."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -11,13 +12,72 @@ from scaling.records import IGNORED
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """The sequences of one forward pass on one rank."""
+class Samples:
+    """The samples of one forward pass on one rank: tensors of which each has a row for each sample."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed: pinned, say, or on another device."""
+        return replace(self, **{part.name: change(getattr(self, part.name)) for part in fields(self)})
+
+    def keyed(self, keys: np.ndarray) -> Self:
+        """The same, what is random about each sample (noise, say) drawn by its key: uint64 [micro_batch]."""
+        return self
+
+    @property
+    def terms(self) -> int:
+        """How many numbers the loss adds up, and is divided by over the whole step."""
+        raise NotImplementedError
+
+    def leave_out(self, rows: Tensor) -> None:
+        """Let these samples (bool [micro_batch]) add nothing to the loss, in place."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MicroBatch(Samples):
+    """Sequences of tokens."""
 
     inputs: Tensor
     """Token ids, int64 [micro_batch, sequence]."""
     targets: Tensor
     """The token that follows each input, int64 [micro_batch, sequence]; IGNORED where masked."""
+
+    @property
+    def terms(self) -> int:
+        """Target tokens."""
+        return int((self.targets != IGNORED).sum())
+
+    def leave_out(self, rows: Tensor) -> None:
+        self.targets[rows] = IGNORED
+
+
+@dataclass(frozen=True)
+class ActionBatch(Samples):
+    """What robots saw, were told and did."""
+
+    images: Tensor
+    """uint8 [micro_batch, views, height, width, 3]."""
+    instruction: Tensor
+    """Token ids, int64 [micro_batch, tokens]."""
+    state: Tensor
+    """fp32 [micro_batch, state_dim]."""
+    actions: Tensor
+    """fp32 [micro_batch, chunk, action_dim]."""
+    action_is_pad: Tensor
+    """Steps beyond the end of an episode, bool [micro_batch, chunk]: they add nothing to the loss."""
+    keys: Tensor
+    """What noise is drawn by, int64 [micro_batch]; of each place in the order of a run another."""
+
+    def keyed(self, keys: np.ndarray) -> Self:
+        return replace(self, keys=torch.from_numpy(keys.view(np.int64)))
+
+    @property
+    def terms(self) -> int:
+        """Numbers in all actions that are no padding."""
+        return int((~self.action_is_pad).sum()) * self.actions.shape[2]
+
+    def leave_out(self, rows: Tensor) -> None:
+        self.action_is_pad[rows] = True
 
 
 class Dataset(Protocol):
@@ -39,7 +99,7 @@ class Dataset(Protocol):
         """The number of samples in one epoch."""
         ...
 
-    def read(self, indices: np.ndarray) -> MicroBatch:
+    def read(self, indices: np.ndarray) -> Samples:
         """The samples with these indices (integers [micro_batch], each in 0 .. len-1), in this order."""
         ...
 

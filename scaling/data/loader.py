@@ -10,13 +10,16 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from scaling.data.dataset import Dataset, MicroBatch
+from scaling.data.dataset import Dataset, Samples
+from scaling.data.hashing import derive, derive_each
 from scaling.data.order import sample_indices
-from scaling.records import IGNORED
 
 _STEPS_AHEAD = 2
 """Steps that wait in memory while one trains: one more than needed, for steps that take longer to read than others."""
+_NOISE = 0x6E6F697365
+"""Of the keys of samples: no other use of the seed has this word."""
 _STOP_CHECK_S = 0.1
 _STOP_WAIT_S = 5.0
 """How long closing waits for a read under way, on storage that hangs, say; the thread dies with the process."""
@@ -33,7 +36,7 @@ def step_batches(
     world_size: int,
     first_samples: Iterable[int],
     device: torch.device,
-) -> Generator[list[MicroBatch], None, None]:
+) -> Generator[list[Samples], None, None]:
     """The micro-batches of this rank, `accumulation` of them for each optimizer step.
 
     A step whose first global sample is s is made of the samples s .. s + B - 1, where B = micro_batch x world_size x
@@ -47,15 +50,18 @@ def step_batches(
     on_gpu = device.type == "cuda"
     gpu = torch.cuda.current_device() if on_gpu and device.index is None else device.index  # a new thread's is always 0
 
-    def read_step(first_sample: int) -> list[MicroBatch]:
-        batches: list[MicroBatch] = []
+    def read_step(first_sample: int) -> list[Samples]:
+        batches: list[Samples] = []
         for micro_step in range(accumulation):
             first = first_sample + (micro_step * world_size + rank) * micro_batch
-            batch = dataset.read(sample_indices(first, micro_batch, len(dataset), seed))
-            batches.append(_pinned(batch) if on_gpu else batch)
+            batch = dataset.read(sample_indices(first, micro_batch, len(dataset), seed)).keyed(keys(first))
+            batches.append(batch.each(Tensor.pin_memory) if on_gpu else batch)
         return batches
 
-    def steps() -> Iterator[list[MicroBatch]]:
+    def keys(first: int) -> np.ndarray:
+        return derive_each(derive(seed, _NOISE), np.arange(first, first + micro_batch, dtype=np.uint64))
+
+    def steps() -> Iterator[list[Samples]]:
         if on_gpu:
             torch.cuda.set_device(gpu)  # or pinning would occupy some hundred MB of GPU 0 from every rank
         return map(read_step, first_samples)
@@ -65,7 +71,7 @@ def step_batches(
 
 def validation_batches(
     dataset: Dataset, *, samples: int, micro_batch: int, rank: int, world_size: int
-) -> Iterator[MicroBatch]:
+) -> Iterator[Samples]:
     """This rank's share of a fixed set: `samples` samples spread over the dataset, or all if it has fewer.
 
     Over all ranks each sample comes once, and each rank gets as many batches as the others: places that are left over
@@ -78,12 +84,8 @@ def validation_batches(
     for first in range(0, samples, micro_batch * world_size):
         places = first + rank * micro_batch + np.arange(micro_batch)
         batch = dataset.read(chosen[np.minimum(places, samples - 1)])
-        batch.targets[torch.from_numpy(places >= samples)] = IGNORED
+        batch.leave_out(torch.from_numpy(places >= samples))
         yield batch
-
-
-def _pinned(batch: MicroBatch) -> MicroBatch:
-    return MicroBatch(batch.inputs.pin_memory(), batch.targets.pin_memory())
 
 
 def _read_ahead(start: Callable[[], Iterator[T]]) -> Generator[T, None, None]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from scaling.estimate.caching import cached
 from scaling.estimate.decoder import CHUNK_ELEMENTS
-from scaling.estimate.flops import Block, Product
+from scaling.estimate.flops import Block, Product, Stack
 from scaling.estimate.rates import Rates
 from scaling.inventory import head_dim
 from scaling.spec.sections import Decoder
@@ -54,24 +54,35 @@ def product_seconds(rows: int, inner: int, columns: int, rates: Rates) -> float:
     return max(padded / rates.matmul, moved / rates.hbm)
 
 
-def attention_seconds(model: Decoder, tokens: int, sequence: int, rates: Rates, *, backward: bool) -> float:
-    """Of `tokens` in causal sequences of `sequence`; half of the scores are masked, and their blocks are skipped."""
-    flops = 2 * model.num_attention_heads * head_dim(model) * sequence * tokens
+def attention_seconds(
+    model: Decoder, tokens: int, sequence: int, rates: Rates, *, backward: bool, causal: bool = True
+) -> float:
+    """Of `tokens` that look at sequences of `sequence`; if causal half of the scores are masked, and their blocks are
+    skipped.
+    """
+    flops = (2 if causal else 4) * model.num_attention_heads * head_dim(model) * sequence * tokens
     rate = rates.attention * sequence / (sequence + ATTENTION_RAMP)
     return ATTENTION_BACKWARD * flops / (rate * BACKWARD_RATE) if backward else flops / rate
 
 
 @cached
 def block_passes(
-    model: Decoder, block: Block, tokens: int, sequence: int, checkpointing: str, compiled: bool, rates: Rates
+    model: Decoder,
+    block: Block,
+    tokens: int,
+    sequence: int,
+    checkpointing: str,
+    compiled: bool,
+    rates: Rates,
+    causal: bool = True,
 ) -> Passes:
     """One block over `tokens` tokens. The backward pass includes what `checkpointing` computes a second time."""
     forward = sum(product_seconds(tokens, p.inputs, p.outputs, rates) for p in block.products)
     backward = sum(_product_backward(p, tokens, rates) for p in block.products)
-    attention = attention_seconds(model, tokens, sequence, rates, backward=False)
+    attention = attention_seconds(model, tokens, sequence, rates, backward=False, causal=causal)
     mixed = block.query or block.key or block.value
     if mixed:
-        backward += attention_seconds(model, tokens, sequence, rates, backward=True)
+        backward += attention_seconds(model, tokens, sequence, rates, backward=True, causal=causal)
     moved, moved_back, small = _pointwise(model, compiled=compiled)
     moved, moved_back, small = _with_adapters(block, moved, moved_back, small, compiled=compiled)
     pointwise = rates.width / 2 * moved * tokens / rates.hbm
@@ -86,6 +97,36 @@ def block_passes(
     if checkpointing == "selective":
         return Passes(ahead, Pass(backward + pointwise, kernels + small))
     return Passes(ahead, Pass(backward, kernels))
+
+
+@cached
+def stack_passes(stack: Stack, samples: int, checkpointing: str, compiled: bool, rates: Rates) -> Passes:
+    """One block of a part of a vla over so many samples, its cross-attention with it."""
+    tokens, context = samples * stack.tokens, samples * stack.context
+    shape = stack.shape
+    own = block_passes(shape, stack.block, tokens, stack.sequence, checkpointing, compiled, rates, stack.causal)
+    if not context:
+        return own
+    forward = sum(product_seconds(context, p.inputs, p.outputs, rates) for p in stack.crossed)
+    forward += attention_seconds(shape, tokens, stack.context, rates, backward=False, causal=False)
+    backward = sum(_product_backward(p, context, rates) for p in stack.crossed)
+    if stack.reads:
+        backward += attention_seconds(shape, tokens, stack.context, rates, backward=True, causal=False)
+    again = forward if checkpointing == "full" and stack.block.backward else 0.0
+    kernels = len(stack.crossed) + 1
+    ahead, back = own
+    return Passes(
+        Pass(ahead.seconds + forward, ahead.kernels + kernels),
+        Pass(back.seconds + backward + again, back.kernels + 2 * kernels * stack.reads),
+    )
+
+
+@cached
+def ends_passes(ends: tuple[tuple[Product, int], ...], samples: int, rates: Rates) -> Passes:
+    """What a vla computes outside of its blocks: patches, projections, head; its loss is small."""
+    forward = sum(product_seconds(samples * tokens, p.inputs, p.outputs, rates) for p, tokens in ends)
+    backward = sum(_product_backward(p, samples * tokens, rates) for p, tokens in ends)
+    return Passes(Pass(forward, 4 * len(ends)), Pass(backward, 4 * len(ends)))
 
 
 @cached

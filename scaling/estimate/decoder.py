@@ -1,6 +1,6 @@
 """The decoder of scaling/models/decoder.py, its loss and its blocks, played on a tape: same names, same order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from scaling.estimate.ops import FLOAT, LONG, Ops
@@ -16,11 +16,12 @@ class Hooks(Protocol):
     """What a backend does before and after a module, by its path."""
 
     def enter(self, module: str, value: Value | None) -> Value | None: ...
+    def enter_all(self, module: str, values: Sequence[Value]) -> list[Value]: ...
     def leave(self, module: str, value: Value) -> Value: ...
 
 
-class PlayedDecoder:
-    """Its forward pass."""
+class PlayedBlocks:
+    """Blocks of a decoder, or of an encoder made of the same."""
 
     def __init__(
         self,
@@ -28,7 +29,6 @@ class PlayedDecoder:
         ops: Ops,
         hooks: Hooks,
         *,
-        chunked: bool = True,
         checkpointing: str = "none",
         compiled: bool = False,
         lora: Lora | None = None,
@@ -39,34 +39,12 @@ class PlayedDecoder:
         """Last names of the linear layers that have an adapter."""
         self.ops = ops
         self.hooks = hooks
-        self.chunked = chunked
         self.checkpointing = checkpointing
         self.compiled = compiled
         self.queries = model.num_attention_heads * head_dim(model)
         self.rotation: list[Storage] = []
         """Cosines and sines."""
         self.keys = (model.num_key_value_heads or model.num_attention_heads) * head_dim(model)
-
-    def forward(self) -> Value:
-        """The summed loss."""
-        ops, model, hooks, shape = self.ops, self.model, self.hooks, self.ops.shape
-        hooks.enter("", None)
-        hooks.enter("embed_tokens", None)
-        hidden = hooks.leave("embed_tokens", ops.embedding("embed_tokens", shape.rows, model.hidden_size))
-        positions = ops.new(shape.sequence, LONG)
-        self.rotation = [ops.new(shape.sequence * head_dim(model)) for _ in range(2 * (model.position == "rope"))]
-        if model.position == "learned":
-            hooks.enter("embed_positions", None)
-            places = hooks.leave("embed_positions", ops.embedding("embed_positions", shape.sequence, model.hidden_size))
-            hidden = ops.add(hidden, places)
-            del places
-        hidden = self.wrapped("dropout", hidden, self.dropout)
-        for index in range(model.num_hidden_layers):
-            hidden = ops.border(self.wrapped(f"layers.{index}", ops.border(hidden), self.block))
-        loss = self.wrapped("lm_head", self.wrapped("norm", hidden, self.norm), self.head)
-        del hidden, positions
-        self.rotation = []
-        return hooks.leave("", loss)
 
     def wrapped(self, name: str, value: Value, body: Callable[[str, Value], Value]) -> Value:
         """A module with what its backend does before and after it."""
@@ -158,7 +136,7 @@ class PlayedDecoder:
         query, key = self.wrapped(f"{name}.q_norm", query, norm), self.wrapped(f"{name}.k_norm", key, norm)
         if model.position == "rope":
             query, key = ops.rotate(query, *self.rotation), ops.rotate(key, *self.rotation)
-        mixed = ops.attention(query, key, value, model.num_attention_heads)
+        mixed = ops.attention(query, key, value, head_dim(model))
         if model.qk_norm:  # its result is laid out like the query
             mixed = ops.contiguous(mixed)
         return self.linear(f"{name}.o_proj", mixed, model.hidden_size, model.bias)
@@ -174,6 +152,45 @@ class PlayedDecoder:
             return self.linear(f"{name}.down_proj", inner, model.hidden_size, model.bias)
         inner = ops.relu(inner) if model.activation == "relu" else ops.pointwise(inner)
         return self.linear(f"{name}.down_proj", inner, model.hidden_size, model.bias)
+
+
+class PlayedDecoder(PlayedBlocks):
+    """Its forward pass."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        ops: Ops,
+        hooks: Hooks,
+        *,
+        chunked: bool = True,
+        checkpointing: str = "none",
+        compiled: bool = False,
+        lora: Lora | None = None,
+    ) -> None:
+        super().__init__(model, ops, hooks, checkpointing=checkpointing, compiled=compiled, lora=lora)
+        self.chunked = chunked
+
+    def forward(self) -> Value:
+        """The summed loss."""
+        ops, model, hooks, shape = self.ops, self.model, self.hooks, self.ops.shape
+        hooks.enter("", None)
+        hooks.enter("embed_tokens", None)
+        hidden = hooks.leave("embed_tokens", ops.embedding("embed_tokens", shape.rows, model.hidden_size))
+        positions = ops.new(shape.sequence, LONG)
+        self.rotation = [ops.new(shape.sequence * head_dim(model)) for _ in range(2 * (model.position == "rope"))]
+        if model.position == "learned":
+            hooks.enter("embed_positions", None)
+            places = hooks.leave("embed_positions", ops.embedding("embed_positions", shape.sequence, model.hidden_size))
+            hidden = ops.add(hidden, places)
+            del places
+        hidden = self.wrapped("dropout", hidden, self.dropout)
+        for index in range(model.num_hidden_layers):
+            hidden = ops.border(self.wrapped(f"layers.{index}", ops.border(hidden), self.block))
+        loss = self.wrapped("lm_head", self.wrapped("norm", hidden, self.norm), self.head)
+        del hidden, positions
+        self.rotation = []
+        return hooks.leave("", loss)
 
     def head(self, name: str, hidden: Value) -> Value:
         """Head.forward with targets."""

@@ -10,9 +10,9 @@ from scaling.estimate.ops import FLOAT, Ops
 from scaling.estimate.tape import Leaf, Node, Refilled, Storage, Tape, Value
 from scaling.estimate.torch_engines import Single
 from scaling.groups import Group
-from scaling.inventory import ADAPTERS, Parameter, tied
+from scaling.inventory import ADAPTERS, Parameter, block_of, tied
 from scaling.records import BatchPlan
-from scaling.spec.sections import Spec
+from scaling.spec.sections import Decoder, Spec
 
 DOUBLE = 8
 """Bytes of an element in which norms are taken: `get_norm_dtype`."""
@@ -370,7 +370,7 @@ class ZeRO3(Single):
         self.waiting: list[_Hooked] = []
         self.filled = 0
         self.tied = tied(spec.model)
-        self.adapted = spec.lora.targets(spec.model) if spec.lora else ()
+        self.adapted = spec.lora.targets(spec.model) if spec.lora and isinstance(spec.model, Decoder) else ()
         """Last names of linear layers with an adapter: what has their weights is a module inside."""
         self.leaf_modules = spec.compile or spec.activation_checkpointing == "selective"
         self.asked: list[Value] = []
@@ -428,8 +428,8 @@ class ZeRO3(Single):
 
     def owner(self, name: str) -> str:
         """The module whose hooks gather a parameter: its own, or its block where blocks are gathered whole."""
-        if self.leaf_modules and name.startswith("layers."):
-            return ".".join(name.split(".")[:2])
+        if self.leaf_modules and (block := block_of(name)):
+            return block
         module = name.rpartition(".")[0]
         last = module.rpartition(".")[2]
         return f"{module}.base_layer" if last in self.adapted else f"{module}.default" if last in ADAPTERS else module
@@ -441,25 +441,35 @@ class ZeRO3(Single):
 
     def hooked(self, module: str) -> bool:
         """All modules are, with parameters of their own or not, but for those within a leaf module."""
-        return not (self.leaf_modules and module.startswith("layers.") and module.count(".") > 1)
+        return not (self.leaf_modules and block_of(module) not in (None, module))
 
     def enter(self, module: str, value: Value | None) -> Value | None:
         if not module:
             self.begin_pass()
+        return value if not (found := self.enter_all(module, [value] if value else [])) else found[0]
+
+    def enter_all(self, module: str, values: Sequence[Value]) -> list[Value]:
         if not self.hooked(module):
-            return value
+            return list(values)
         self.fetch(module)
-        if value is not None and value.node is None and module in self.asking:
-            value = Value(value.storage, value.elements, Leaf(self.tape, category=None))
-            self.asked.append(value)
-        if value is None or value.node is None:
-            return value
+        if module in self.asking and not any(value.node for value in values):
+            first, *others = values
+            first = Value(first.storage, first.elements, Leaf(self.tape, category=None))
+            self.asked.append(first)
+            values = [first, *others]
+        coming = sum(value.node is not None for value in values)
 
         def run(gradient: Storage, _: list[Storage]) -> list[Storage]:
-            self.release(module)
+            nonlocal coming
+            coming -= 1
+            if not coming:
+                self.release(module)
             return [gradient]
 
-        return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+        return [
+            Value(value.storage, value.elements, Node(self.tape, [value.node], [], run)) if value.node else value
+            for value in values
+        ]
 
     def leave(self, module: str, value: Value) -> Value:
         if not self.hooked(module):

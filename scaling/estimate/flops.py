@@ -2,11 +2,23 @@
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scaling.estimate.caching import cached
-from scaling.inventory import ADAPTERS, blocks, head_dim, parameters
-from scaling.spec.sections import Decoder, Lora
+from scaling.inventory import (
+    ADAPTERS,
+    CHANNELS,
+    block_of,
+    blocks,
+    context_length,
+    fusion_shape,
+    head_dim,
+    parameters,
+    patches,
+    shapes,
+    text_length,
+)
+from scaling.spec.sections import Decoder, Lora, Model, Vla
 
 
 @dataclass(frozen=True)
@@ -87,16 +99,147 @@ def structure(model: Decoder, frozen: frozenset[str] = frozenset(), lora: Lora |
     )
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Blocks of one part of a vla, alike in what they compute."""
+
+    shape: Decoder
+    block: Block
+    count: int
+    tokens: int
+    """Of a sample, that pass through."""
+    sequence: int
+    """To which each of them attends."""
+    causal: bool = False
+    crossed: tuple[Product, ...] = ()
+    """Keys and values of cross-attention: products over the tokens of the context."""
+    context: int = 0
+    """Those tokens."""
+    reads: bool = False
+    """A gradient flows to keys and values of cross-attention."""
+
+
+@dataclass(frozen=True)
+class VlaStructure:
+    """A vla as its matrix products."""
+
+    stacks: tuple[Stack, ...]
+    """In the order of the forward pass; a kind of block as often as there are different ones."""
+    ends: tuple[tuple[Product, int], ...]
+    """Products outside of blocks, each with the tokens of a sample that it is over: the head is the last."""
+    elements: int
+    trained: int
+    trained_tensors: int
+
+
+@cached
+def vla_structure(model: Vla, text: int, frozen: frozenset[str] = frozenset()) -> VlaStructure:
+    """What `model` computes for instructions of `text` tokens where the parameters named `frozen` do not train.
+
+    A part of which nothing trains, and before which nothing does, has a forward pass alone.
+    """
+    elements = {parameter.name: parameter.elements for parameter in parameters(model)}
+    trained = elements.keys() - frozen
+    training = {name.rpartition(".")[0] for name in trained}
+    by_block = _by_block(elements)
+    vision, language, action, width = model.vision, model.language, model.action, model.fusion.hidden_size
+    seen, count = vision.views * patches(vision), patches(vision)
+    found: list[Stack] = []
+
+    def end(name: str, inputs: int, outputs: int, flows: bool) -> Product:
+        return Product(inputs, outputs, flows, f"{name}.weight" in trained)
+
+    ends = [(end("vision.patch_embed", CHANNELS * vision.patch_size**2, vision.hidden_size, False), seen)]
+    streams: dict[str, bool] = {}
+    for part, shape in shapes(model).items():
+        if part == "fusion":
+            break
+        stream = any(name.startswith((f"{part}.embed", f"{part}.patch")) for name in training)
+        for index in range(shape.num_hidden_layers):
+            name = f"{part}.layers.{index}"
+            block, stream = _block(shape, name, by_block[name], trained, training, stream)
+            over = (seen, seen if index % 2 else count, False) if part == "vision" else (text, text, language.causal)
+            found.append(Stack(shape, block, 1, *over))
+        streams[part] = stream or f"{part}.norm" in training
+    looks = context_length(model, text)
+    read = any(streams.values())
+    ends += [
+        (end("fusion.vision_proj", vision.hidden_size, width, streams["vision"]), seen),
+        (end("fusion.language_proj", language.hidden_size, width, streams["language"]), text),
+        (end("fusion.state_proj", action.state_dim, width, False), 1),
+    ]
+    read = read or any(f"fusion.{name}_proj" in training for name in ("vision", "language", "state"))
+    stream = not training.isdisjoint(("fusion.queries", "fusion.action_proj", "fusion.time_proj"))
+    for index in range(model.fusion.num_hidden_layers):
+        name = f"fusion.layers.{index}"
+        stack, stream = _fusion_stack(model, name, by_block[name], trained, training, (stream, read), looks)
+        found.append(stack)
+    head = end("action_head", width, action.action_dim, stream or "fusion.norm" in training)
+    alike = Counter(found)
+    return VlaStructure(
+        stacks=tuple(replace(stack, count=count) for stack, count in alike.items()),
+        ends=(*ends, (head, action.chunk_size)),
+        elements=sum(elements.values()),
+        trained=sum(elements[name] for name in trained),
+        trained_tensors=len(trained),
+    )
+
+
+def _fusion_stack(
+    model: Vla,
+    name: str,
+    elements: dict[str, int],
+    trained: Collection[str],
+    training: set[str],
+    flows: tuple[bool, bool],
+    context: int,
+) -> tuple[Stack, bool]:
+    """A block of the fusion; `flows`: whether a gradient goes to its queries, and to what they look at."""
+    shape, chunk, width = fusion_shape(model.fusion), model.action.chunk_size, model.fusion.hidden_size
+    cross = f"{name}.cross_attn"
+    stream, read = flows
+    crosses = read or any(module.startswith((cross, f"{name}.cross_attention")) for module in training)
+    block, after = _block(shape, name, elements, trained, training, stream)
+    if crosses and not after:
+        after = True
+        block = replace(block, backward=True)
+
+    def product(letter: str, flows: bool) -> Product:
+        return Product(width, width, flows, f"{cross}.{letter}_proj.weight" in trained)
+
+    keys = (product("k", read), product("v", read))
+    block = replace(block, products=(*block.products, product("q", stream), product("o", after)))
+    return Stack(shape, block, 1, chunk, chunk, False, keys, context, crosses or stream), after
+
+
+def _vla_flops(model: Vla, length: int, frozen: frozenset[str]) -> float:
+    """Of one sample."""
+    work = vla_structure(model, text_length(model, length), frozen)
+    total = sum(product.flops_per_token * tokens for product, tokens in work.ends)
+    for stack in work.stacks:
+        block, width = stack.block, stack.shape.num_attention_heads * head_dim(stack.shape)
+        scores = 2 * width * stack.sequence
+        attention = scores * (1 + block.query + block.key) + scores * (1 + (block.query or block.key) + block.value)
+        once = stack.tokens * (attention + sum(product.flops_per_token for product in block.products))
+        once += stack.context * sum(product.flops_per_token for product in stack.crossed)
+        once += 4 * width * stack.context * stack.tokens * (3 if stack.reads else 1)
+        total += stack.count * once
+    return float(total)
+
+
 def train_flops_per_token(
-    model: Decoder, sequence_length: int, frozen: Collection[str] = (), lora: Lora | None = None
+    model: Model, sequence_length: int, frozen: Collection[str] = (), lora: Lora | None = None
 ) -> float:
     """FLOPs per token of one forward and backward pass, recomputation not counted.
 
     Each element of a matrix costs 2 in the forward pass, 2 where a gradient flows on through it, and 2 where it is
     trained itself (Kaplan et al., 2020, without their assumption that everything trains). Attention scores and their
     product with the values cost 4 x width x sequence per token and layer forward, up to twice that backward, causal
-    masking not discounted (as PaLM's MFU counts, Chowdhery et al., 2022, appendix B).
+    masking not discounted (as PaLM's MFU counts, Chowdhery et al., 2022, appendix B). Of a vla tokens are the positions
+    of `scaling.inventory.sample_length`, and `sequence_length` is their number in a sample.
     """
+    if isinstance(model, Vla):
+        return _vla_flops(model, sequence_length, frozenset(frozen)) / sequence_length
     work = structure(model, frozenset(frozen), lora)
     scores = 2 * model.num_attention_heads * head_dim(model) * sequence_length
     total = work.head.flops_per_token
@@ -110,8 +253,8 @@ def _by_block(elements: dict[str, int]) -> dict[str, dict[str, int]]:
     """Block -> its parameters' elements by name."""
     found: dict[str, dict[str, int]] = {}
     for name, count in elements.items():
-        if name.startswith("layers."):
-            found.setdefault(".".join(name.split(".")[:2]), {})[name] = count
+        if block := block_of(name):
+            found.setdefault(block, {})[name] = count
     return found
 
 
@@ -122,7 +265,7 @@ def _block(
     trained: Collection[str],
     training: set[str],
     stream: bool,
-    lora: Lora | None,
+    lora: Lora | None = None,
 ) -> tuple[Block, bool]:
     """The block called `name`, where `stream` says whether anything before it trains; and the same for what follows."""
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"

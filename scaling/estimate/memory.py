@@ -11,16 +11,16 @@ from itertools import accumulate
 from typing import Any
 
 from scaling.estimate.decoder import CHUNK_ELEMENTS
-from scaling.estimate.ops import FLOAT, LONG
+from scaling.estimate.ops import FLOAT
 from scaling.estimate.results import MemoryEstimate
-from scaling.estimate.step import OWN, Cast, play
+from scaling.estimate.step import OWN, Cast, batch_sizes, play
 from scaling.estimate.tape import Tape
 from scaling.groups import Group
 from scaling.hardware import GPU
 from scaling.inventory import parameters
 from scaling.records import BatchPlan
 from scaling.render import render
-from scaling.spec.sections import CausalLM, Spec
+from scaling.spec.sections import CausalLM, Decoder, Spec, Vla
 from scaling.units import GiB
 
 PER_SEQUENCE = 2**64
@@ -87,7 +87,7 @@ class MemoryModel:
         """With so many sequences at a time, so many times a step."""
         curve = self._curve(micro_batch, again=accumulation > 1)
         allocated, phase, parts = curve.peak(micro_batch)
-        batch = 2 * accumulation * LONG * micro_batch * self._plan.sequence_length
+        batch = sum(batch_sizes(self._spec, self._plan_of(micro_batch, accumulation), cuda=self._cuda))
         parts["activations"] = parts.get("activations", 0) + batch
         return self._estimate(allocated + batch, phase, parts, curve.host_bytes)
 
@@ -100,14 +100,25 @@ class MemoryModel:
     def _curve(self, micro_batch: int, *, again: bool) -> "_Curve":
         """Played once for each way in which steps differ: with gradients from before or not, by chunks of the loss."""
         spec = self._spec
-        chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
-        rows = max(1, CHUNK_ELEMENTS // spec.model.vocab_size)
-        chunks = min(3, -(-micro_batch * self._plan.sequence_length // rows)) if chunked else 1
+        chunks = self._chunks(micro_batch)
         again = again and self._cast.engine_for(spec).gradients_wait
         if (again, chunks) not in self._curves:
             played = _Played(spec, self._groups, self._plan, 2 if again else 1, chunks, self._cuda, self._cast)
             self._curves[again, chunks] = _Curve(played)
         return self._curves[again, chunks]
+
+    def _chunks(self, micro_batch: int) -> int:
+        """Of the loss; 3 for more."""
+        model, objective = self._spec.model, self._spec.objective
+        if isinstance(model, Vla) or (isinstance(objective, CausalLM) and objective.cross_entropy == "plain"):
+            return 1
+        rows = max(1, CHUNK_ELEMENTS // model.vocab_size)
+        return min(3, -(-micro_batch * self._plan.sequence_length // rows))
+
+    def _plan_of(self, micro_batch: int, accumulation: int) -> BatchPlan:
+        ranks = self._plan.world_size
+        whole = micro_batch * accumulation * ranks
+        return BatchPlan(whole, micro_batch, accumulation, ranks, self._plan.sequence_length)
 
     def _estimate(self, allocated: int, phase: str, parts: dict[str, int], host: int) -> MemoryEstimate:
         saving = {
@@ -152,7 +163,8 @@ class _Curve:
     """The peak over the micro-batch."""
 
     def __init__(self, played: "_Played") -> None:
-        layers = played.spec.model.num_hidden_layers
+        model = played.spec.model
+        layers = model.num_hidden_layers if isinstance(model, Decoder) else 0  # a vla has three kinds: all are played
         grows = (
             layers > BLOCKS[1] and _alike(played.groups, layers) and played.cast.engine_for(played.spec).blocks_alike
         )
@@ -214,10 +226,12 @@ class _Played:
         cut = BatchPlan(micro * self.accumulation * ranks, micro, self.accumulation, ranks, self.plan.sequence_length)
         sizes = {"global_batch_size": cut.global_batch, "global_batch_tokens": None, "micro_batch_size": micro}
         batch = self.spec.batch.model_copy(update={**sizes, "gradient_accumulation_steps": "auto"})
-        model = self.spec.model.model_copy(update={"num_hidden_layers": blocks})
-        small = self.spec.model_copy(update={"model": model, "batch": batch})
-        kept = [replace(group, names=tuple(n for n in group.names if _within(n, blocks))) for group in self.groups]
-        kept = [group for group in kept if group.names]
+        small, kept = self.spec.model_copy(update={"batch": batch}), list(self.groups)
+        if isinstance(self.spec.model, Decoder):
+            model = self.spec.model.model_copy(update={"num_hidden_layers": blocks})
+            small = small.model_copy(update={"model": model})
+            kept = [replace(group, names=tuple(n for n in group.names if _within(n, blocks))) for group in self.groups]
+            kept = [group for group in kept if group.names]
         return play(small, cut, kept, render(small, ranks), cuda=self.cuda, rough=self.chunks, cast=self.cast)
 
 

@@ -23,9 +23,14 @@ STEPS = 1000
 def bare_spec(model: str, sequence_length: int, global_batch: int) -> tuple[dict[str, Any], list[str]]:
     """A spec as plain JSON values around `model` (a name or a path), and notes on what was left out of a config."""
     section, notes = _model(model, sequence_length)
+    objective: dict[str, Any] = {}
+    if section["kind"] == "vla":
+        loss = "flow_matching" if section["action"]["head"] == "velocity" else "regression"
+        objective = {"objective": {"kind": "behaviour_cloning", "loss": loss}}
     return {
         "name": _run_name(model),
         "model": section,
+        **objective,
         "data": {"kind": "synthetic", "sequence_length": sequence_length},
         # The micro-batch is what is looked for; one of the three sizes may be open.
         "batch": {"global_batch_size": global_batch, "gradient_accumulation_steps": 1},

@@ -150,9 +150,12 @@ class Ops:
 
         return self.result(first.elements, [first, second], [], run)
 
-    def linear(self, name: str, inputs: Value, outputs: int, bias: bool) -> Value:
-        """inputs @ weight.T + bias; the gradient of the bias comes first, as addmm names it first."""
-        weight = self.read(f"{name}.weight")
+    def linear(self, name: str, inputs: Value, outputs: int, bias: bool, weight: Value | None = None) -> Value:
+        """inputs @ weight.T + bias; the gradient of the bias comes first, as addmm names it first.
+
+        `weight` where it was read before.
+        """
+        weight = weight or self.read(f"{name}.weight")
         extra = self.read(f"{name}.bias") if bias else None
         rows = inputs.elements // (weight.elements // outputs)
         saved = [inputs.storage] if weight.node or self.zero3_linear else []
@@ -182,13 +185,16 @@ class Ops:
         run = lambda *_: self.made(sizes)  # noqa: E731
         return self.result(inputs.elements, [inputs, weight, extra], saved, run, out)
 
-    def attention(self, query: Value, key: Value, value: Value, heads: int) -> Value:
-        """Flash attention, fused: keeps its inputs, its result and the log-sum-exp of each row in fp32."""
-        out, normaliser = self.kept(query.elements), self.kept(heads * self.shape.rows, FLOAT)
+    def attention(self, query: Value, key: Value, value: Value, width: int) -> Value:
+        """Flash attention, fused: keeps its inputs, its result and the log-sum-exp of each row in fp32.
+
+        `width` is that of a head.
+        """
+        rows = query.elements // width
+        out, normaliser = self.kept(query.elements), self.kept(rows, FLOAT)
 
         sizes = [query.elements, key.elements, value.elements]  # all three are made, wanted or not
         saved = [query.storage, key.storage, value.storage, out, normaliser]
-        rows = heads * self.shape.rows
 
         def run(_: Storage, __: list[Storage]) -> Gradients:
             # torch/csrc flash_attn: dq summed up in fp32, a row sum of out * gradient, and for grouped queries the
@@ -210,6 +216,20 @@ class Ops:
         """Product with something that takes no gradient; or any function whose gradient needs no more."""
         size = inputs.elements
         return self.result(size, [inputs], [factor] if factor else [], lambda *_: [self.new(size)], self.new(size))
+
+    def joined(self, parts: Sequence[Value]) -> Value:
+        """torch.cat along the second dimension: the gradient of each part is a view, which a matrix product copies."""
+
+        def apart(part: Value) -> Value:
+            if part.node is None:
+                return part
+            size, copies = part.elements, self.shape.batch > 1
+            run: Backward = lambda gradient, _: [self.new(size) if copies else gradient]  # noqa: E731
+            return Value(part.storage, size, Node(self.tape, [part.node], [], run))
+
+        parts, count = [apart(part) for part in parts], len(parts)
+        elements = sum(part.elements for part in parts)
+        return self.result(elements, parts, [], lambda gradient, _: [gradient] * count)
 
     def contiguous(self, inputs: Value) -> Value:
         """A copy in another layout."""

@@ -13,6 +13,7 @@ from scaling.estimate.search import Candidate, Found, Rejected, known
 from scaling.estimate.time import estimate_time
 from scaling.groups import Group
 from scaling.hardware import Cluster, gpu_from_device_name
+from scaling.inventory import sample_length
 from scaling.records import BatchPlan
 from scaling.spec import Spec
 
@@ -27,12 +28,13 @@ def report(spec: Spec, found: Found, margin: float) -> dict[str, Any]:
     """The whole result. All numbers about memory and time are predicted; null is what is not known."""
     groups = found.groups
     frozen = [name for group in groups if group.frozen for name in group.names]
+    length = sample_length(spec.model, spec.data.sequence_length)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
             "parameters": sum(group.parameters for group in groups),
             "trainable_parameters": sum(group.parameters for group in groups if not group.frozen),
-            "flops_per_token": train_flops_per_token(spec.model, spec.data.sequence_length, frozen, spec.lora),
+            "flops_per_token": train_flops_per_token(spec.model, length, frozen, spec.lora),
         },
         "hardware": {
             "name": found.cluster.gpu.name,

@@ -1,19 +1,21 @@
 """A whole training step of one rank, played: what it holds before, in forward and backward passes, in the update."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scaling.estimate import vla
 from scaling.estimate.decoder import PlayedDecoder
 from scaling.estimate.deepspeed_engines import BF16, ZeRO3, ZeRO12
 from scaling.estimate.ops import FLOAT, LONG, Ops, Shape
 from scaling.estimate.tape import Storage, Tape, Value, backward
 from scaling.estimate.torch_engines import DDP, FSDP, Single
 from scaling.groups import Group
+from scaling.inventory import still, text_length
 from scaling.records import BatchPlan
 from scaling.spec.sections import DDP as DDPSpec
 from scaling.spec.sections import FSDP as FSDPSpec
-from scaling.spec.sections import CausalLM, Spec
+from scaling.spec.sections import CausalLM, Decoder, Spec, Vla
 from scaling.spec.sections import DeepSpeed as DeepSpeedSpec
 from scaling.units import WIDTHS
 
@@ -55,6 +57,37 @@ def _zero_engine(spec: Spec, backend: DeepSpeedSpec) -> type[Single]:
     return BF16 if backend.zero_stage == 1 and spec.precision == "bf16" and not backend.offload_optimizer else ZeRO12
 
 
+def batch_sizes(spec: Spec, plan: BatchPlan, *, cuda: bool) -> list[int]:
+    """Bytes of each tensor of a step's micro-batches; a vla's are on a GPU one at a time."""
+    match spec.model:
+        case Decoder():
+            return [LONG * plan.micro_batch * plan.sequence_length] * (2 * plan.accumulation)
+        case Vla() as model:
+            text = text_length(model, plan.sequence_length)
+            return vla.batch_sizes(model, plan.micro_batch, text) * (1 if cuda else plan.accumulation)
+
+
+def _played_model(
+    spec: Spec, frozen: Collection[str], ops: Ops, engine: Single, cast: Cast
+) -> PlayedDecoder | vla.PlayedVla:
+    checkpointing, compiled = spec.activation_checkpointing, spec.compile and ops.cuda
+    match spec.model:
+        case Decoder() as model:
+            chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
+            return cast.decoder(
+                *(model, ops, engine),
+                chunked=chunked,
+                checkpointing=checkpointing,
+                compiled=compiled,
+                lora=spec.lora,
+            )
+        case Vla() as model:
+            parts = still(model, frozen)
+            return vla.PlayedVla(
+                model, spec.objective, ops, engine, still=parts, checkpointing=checkpointing, compiled=compiled
+            )
+
+
 def play(
     spec: Spec,
     plan: BatchPlan,
@@ -72,20 +105,12 @@ def play(
     tape = Tape()
     ops = cast.ops(tape, Shape(plan.micro_batch, plan.sequence_length, WIDTHS[spec.precision]), cuda=cuda, rough=rough)
     engine = cast.engine_for(spec)(ops, spec, groups, rendered, plan)
-    chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
-    decoder = cast.decoder(
-        spec.model,
-        ops,
-        engine,
-        chunked=chunked,
-        checkpointing=spec.activation_checkpointing,
-        compiled=spec.compile and cuda,
-        lora=spec.lora,
-    )
+    frozen = {name for group in groups if group.frozen for name in group.names}
+    model = _played_model(spec, frozen, ops, engine, cast)
     held: list[Storage] = []
     if not rough:
         with tape.during("data", "activations"):
-            held = [Storage(tape, LONG * ops.shape.rows) for _ in range(2 * plan.accumulation)]
+            held = [Storage(tape, size) for size in batch_sizes(spec, plan, cuda=cuda)]
     # Targets, scale and loss of the step; of the step before, what the optimizer was given.
     held += [Storage(tape, FLOAT, "other") for _ in range(3)] + [Storage(tape, FLOAT, "workspace") for _ in range(2)]
     loss: Value | None = None
@@ -94,7 +119,7 @@ def play(
         for index in range(micro_steps):
             engine.begin(last=index == micro_steps - 1)
             with tape.during("forward", "activations"):
-                loss = decoder.forward()
+                loss = model.forward()
             with tape.during("backward", "workspace"):
                 scaled = [Storage(tape, FLOAT) for _ in range(2)]
                 node, loss = loss.node, Value(loss.storage, 1)  # the loss is held, what it came from is not

@@ -25,9 +25,9 @@ from scaling.estimate.compute import Passes
 from scaling.estimate.flops import Block, Structure
 from scaling.estimate.rates import Rates, host_rate
 from scaling.hardware import Cluster
-from scaling.inventory import parameters
+from scaling.inventory import blocks, parameters
 from scaling.records import BatchPlan
-from scaling.spec.sections import DDP, FSDP, Decoder, DeepSpeed, Lora, Spec
+from scaling.spec.sections import DDP, FSDP, Decoder, DeepSpeed, Lora, Model, Spec
 
 OVERLAP_COST = 0.5
 """Of the time that communication runs beside computation, what the computation loses: it shares multiprocessors and
@@ -159,8 +159,13 @@ def _bucketed(group: Ring, size: float, bucket: float) -> float:
 def _head_and_embeddings(step: Step) -> tuple[int, int]:
     """Trained elements outside of the blocks: those whose gradients come first, and those whose come last."""
     head = step.work.head
-    first = head.inputs * head.outputs if head.trains and not step.spec.model.tie_word_embeddings else 0
+    first = head.inputs * head.outputs if head.trains and _head_apart(step) else 0
     return first, step.outside_trained - first
+
+
+def _head_apart(step: Step) -> bool:
+    """Whether the output head is a large matrix of its own."""
+    return isinstance(step.spec.model, Decoder) and not step.spec.model.tie_word_embeddings
 
 
 # ---------------------------------------------------------------- FSDP2
@@ -210,7 +215,7 @@ def _ends(step: Step, group: Ring, reduced: Callable[[int], float]) -> float:
     width = step.rates.width
     block = step.blocks[0][0]
     head = step.work.head
-    apart = 0 if step.spec.model.tie_word_embeddings else head.inputs * head.outputs
+    apart = head.inputs * head.outputs if _head_apart(step) else 0
     exposed = group.gather(width * (step.outside - apart)) + group.gather(width * block.elements)
     first, last = _head_and_embeddings(step)
     exposed += reduced(last) + reduced(block.trained)
@@ -298,9 +303,10 @@ def _zero3(step: Step, backend: DeepSpeed) -> Costs:
 
 
 @cached
-def _modules(model: Decoder, lora: Lora | None) -> int:
-    """Modules with parameters of their own in a block."""
-    return len({p.name.rpartition(".")[0] for p in parameters(model, lora) if p.name.startswith("layers.0.")})
+def _modules(model: Model, lora: Lora | None) -> int:
+    """Modules with parameters of their own in a block, the first."""
+    first = f"{blocks(model)[0]}."
+    return len({p.name.rpartition(".")[0] for p in parameters(model, lora) if p.name.startswith(first)})
 
 
 # ---------------------------------------------------------------- offloading

@@ -253,6 +253,39 @@ class Value:
     """Compiled code makes it again in the backward pass rather than keep it."""
 
 
+def together(tape: Tape, values: Sequence[Value], act: Callable[[], None]) -> list[Value]:
+    """The same values, none of whose gradients goes on before all are there and `act` was called: one function."""
+    edges = [value.node for value in values if value.node]
+    if len(edges) == 1:
+
+        def alone(gradient: Storage, _: list[Storage]) -> Gradients:
+            act()
+            return [gradient]
+
+        return [_through(value, Node(tape, edges, [], alone)) if value.node else value for value in values]
+    held: dict[int, Storage] = {}
+
+    def go_on(_: Storage, __: list[Storage]) -> Gradients:
+        act()
+        return [held.pop(place) for place in range(len(edges))]
+
+    function = Split(tape, edges, [], go_on)
+
+    def arrival(place: int) -> Node:
+        def arrive(gradient: Storage, _: list[Storage]) -> Gradients:
+            held[place] = gradient
+            return [Storage(tape, 0)]
+
+        return Node(tape, [function], [], arrive)
+
+    arrivals = (arrival(place) for place in range(len(edges)))
+    return [_through(value, next(arrivals)) if value.node else value for value in values]
+
+
+def _through(value: Value, node: Node) -> Value:
+    return Value(value.storage, value.elements, node)
+
+
 def backward(tape: Tape, root: Node, gradient: Storage) -> None:
     """Run the backward functions from `root` on, each when all gradients of its result are there."""
     waiting = _dependencies(root)

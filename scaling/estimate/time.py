@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-from scaling.estimate.compute import block_passes, head_passes
-from scaling.estimate.flops import structure, train_flops_per_token
+from scaling.estimate.compute import block_passes, ends_passes, head_passes, stack_passes
+from scaling.estimate.flops import Structure, structure, train_flops_per_token, vla_structure
 from scaling.estimate.rates import rates_of
 from scaling.estimate.results import TimeEstimate
 from scaling.estimate.strategies import Costs, Step, costs
 from scaling.groups import Group
 from scaling.hardware import Cluster
+from scaling.inventory import text_length
 from scaling.records import BatchPlan
-from scaling.spec.sections import CausalLM, Spec
+from scaling.spec.sections import CausalLM, Spec, Vla
 
 KERNEL_SECONDS = 2e-6
 """What each kernel loses on the device between the one before and itself, filling up included. Engineering judgement:
@@ -51,15 +52,25 @@ def estimate_time(
 
 def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluster, frozen: frozenset[str]) -> Step:
     rates = rates_of(cluster.gpu, spec.precision)
-    work = structure(spec.model, frozen, spec.lora)
+    model, mode = spec.model, spec.activation_checkpointing
+    if isinstance(model, Vla):
+        parts = vla_structure(model, text_length(model, plan.sequence_length), frozen)
+        blocks = tuple(
+            (stack.block, stack.count, stack_passes(stack, plan.micro_batch, mode, spec.compile, rates))
+            for stack in parts.stacks
+        )
+        alike = tuple((block, count) for block, count, _ in blocks)
+        work = Structure(alike, parts.ends[-1][0], parts.elements, parts.trained, parts.trained_tensors)
+        head = ends_passes(parts.ends, plan.micro_batch, rates)
+        return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
+    work = structure(model, frozen, spec.lora)
     tokens, length = plan.micro_batch * plan.sequence_length, plan.sequence_length
-    mode = spec.activation_checkpointing
     blocks = tuple(
-        (block, count, block_passes(spec.model, block, tokens, length, mode, spec.compile, rates))
+        (block, count, block_passes(model, block, tokens, length, mode, spec.compile, rates))
         for block, count in work.blocks
     )
     chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
-    head = head_passes(spec.model, work.head, tokens, chunked, rates)
+    head = head_passes(model, work.head, tokens, chunked, rates)
     return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scaling.estimate.ops import FLOAT, Ops
-from scaling.estimate.tape import Leaf, Node, Storage, Tape, Value
+from scaling.estimate.tape import Leaf, Node, Storage, Tape, Value, together
 from scaling.groups import Group
 from scaling.inventory import Parameter, parameters
 from scaling.records import BatchPlan
@@ -54,9 +54,19 @@ class Single:
             leaf, count = self.leaves.get(parameter.name), self.held(parameter)
             storage = self.ops.held(count, FLOAT, "parameters", on_host=self.offloads)
             self.values[parameter.name] = Value(storage, count, leaf)
-            if leaf is not None:
-                held = self.ops.held
-                self._state += [held(size, FLOAT, "optimizer", on_host=self.offloads) for size in (count, count, 1)]
+        self.fill()
+        held = self.ops.held
+        for value in self.values.values():
+            if value.node is not None:
+                sizes = (value.elements, value.elements, 1)
+                self._state += [held(size, FLOAT, "optimizer", on_host=self.offloads) for size in sizes]
+
+    def fill(self) -> None:
+        """Initial values, each made whole on the host, where the one before is let go when the next is there."""
+        value = None
+        for parameter in () if self.ops.cuda else self.parameters:
+            value = Storage(self.tape, FLOAT * parameter.elements, "other")
+        del value
 
     def held(self, parameter: Parameter) -> int:
         """Elements of a parameter on this rank."""
@@ -72,6 +82,10 @@ class Single:
     def enter(self, module: str, value: Value | None) -> Value | None:
         """Before a module."""
         return value
+
+    def enter_all(self, module: str, values: Sequence[Value]) -> list[Value]:
+        """Before a module that is given several tensors."""
+        return list(values)
 
     def leave(self, module: str, value: Value) -> Value:
         """After a module."""
@@ -217,21 +231,19 @@ class FSDP(Single):
         return Value(unit.whole[name], self._elements[name], self.leaves.get(name))
 
     def enter(self, module: str, value: Value | None) -> Value | None:
+        return value if not (found := self.enter_all(module, [value] if value else [])) else found[0]
+
+    def enter_all(self, module: str, values: Sequence[Value]) -> list[Value]:
         unit = self._unit_of.get(module)
         if unit is None:
-            return value
+            return list(values)
         first, unit.in_forward = not unit.in_forward, True
         self._gather(unit)
         self._copy_out(unit, forward=True)
-        if not first or value is None or value.node is None:
-            return value
+        if not first or not any(value.node for value in values):
+            return list(values)
         unit.done = False
-
-        def run(gradient: Storage, _: list[Storage]) -> list[Storage]:
-            self._reduce(unit)
-            return [gradient]
-
-        return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+        return together(self.tape, values, lambda: self._reduce(unit))
 
     def leave(self, module: str, value: Value) -> Value:
         unit = self._unit_of.get(module)
@@ -323,9 +335,11 @@ class FSDP(Single):
             return
         count = sum(unit.shard[name] for name, _ in found)
         self._reducing = Storage(self.tape, FLOAT * count * self.ranks, "communication")
+        last = grads[-1] if self.ranks > 1 else None  # a variable of torch's loop over gradients keeps it to the end
         del grads
         final = self.replicas == 1 or self._last
         part = Storage(self.tape, FLOAT * count, "gradients" if final else "communication")
+        del last
         if not final:
             unit.partial = unit.partial or part
             return

@@ -4,14 +4,19 @@ A test builds the real module on the meta device and finds the same names and sh
 """
 
 import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from scaling.spec.sections import Decoder, Lora
+from scaling.spec.sections import Decoder, Fusion, Lora, Model, Vision, Vla
 
 ADAPTERS = ("lora_A", "lora_B")
 """Modules of an adapter, below the linear layer that it is of: [rank, inputs], then [outputs, rank]."""
+CHANNELS = 3
+"""Of an image."""
+TIME_FEATURES = 256
+"""Sines and cosines that a time is told by (as DiT: Peebles and Xie, 2023)."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,16 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def parameters(model: Decoder, lora: Lora | None = None) -> tuple[Parameter, ...]:
+def parameters(model: Model, lora: Lora | None = None) -> tuple[Parameter, ...]:
     """Every parameter of `model` once, in the order of `nn.Module.named_parameters` (a tied head is its embedding).
 
     With `lora` its adapters too, each after the layer that it is of; the others keep their names, and are frozen.
     """
     own = _own(model)
-    return own if lora is None else tuple(_with_adapters(own, lora.targets(model), lora.rank))
+    if lora is None:
+        return own
+    assert isinstance(model, Decoder), "the spec refuses adapters in others"
+    return tuple(_with_adapters(own, lora.targets(model), lora.rank))
 
 
 def is_adapter(name: str) -> bool:
@@ -54,26 +62,30 @@ def _with_adapters(own: Sequence[Parameter], targets: Collection[str], rank: int
             yield Parameter(f"{module}.lora_B.weight", (outputs, rank))
 
 
-def _own(model: Decoder) -> tuple[Parameter, ...]:
-    found = [("embed_tokens.weight", (model.vocab_size, model.hidden_size))]
-    if model.position == "learned":
-        found.append(("embed_positions.weight", (model.max_position_embeddings, model.hidden_size)))
-    for block in blocks(model):
-        found += [(f"{block}.{name}", shape) for name, shape in _block(model)]
-    found += _norm("norm", model)
-    if not model.tie_word_embeddings:
-        found.append(("lm_head.weight", (model.vocab_size, model.hidden_size)))
+def _own(model: Model) -> tuple[Parameter, ...]:
+    found = _decoder(model) if isinstance(model, Decoder) else _vla(model)
     return tuple(Parameter(name, shape) for name, shape in found)
 
 
-def blocks(model: Decoder) -> tuple[str, ...]:
+def blocks(model: Model) -> tuple[str, ...]:
     """Paths of the repeated blocks, in order: what is wrapped, checkpointed and compiled one by one."""
-    return tuple(f"layers.{index}" for index in range(model.num_hidden_layers))
+    if isinstance(model, Decoder):
+        return _layers("", model.num_hidden_layers)
+    parts = (("vision.", model.vision), ("language.", model.language), ("fusion.", model.fusion))
+    return tuple(path for prefix, part in parts for path in _layers(prefix, part.num_hidden_layers))
 
 
-def tied(model: Decoder) -> tuple[tuple[str, ...], ...]:
+def block_of(path: str) -> str | None:
+    """The block that a module or parameter is, or is in; None where it is in none."""
+    found = re.match(r"((vision|language|fusion)\.)?layers\.\d+(?=\.|$)", path)
+    return found.group() if found else None
+
+
+def tied(model: Model) -> tuple[tuple[str, ...], ...]:
     """Groups of parameter names that are one tensor; the first name of each is the one in `parameters`."""
-    return (("embed_tokens.weight", "lm_head.weight"),) if model.tie_word_embeddings else ()
+    if isinstance(model, Decoder) and model.tie_word_embeddings:
+        return (("embed_tokens.weight", "lm_head.weight"),)
+    return ()
 
 
 def head_dim(model: Decoder) -> int:
@@ -81,18 +93,152 @@ def head_dim(model: Decoder) -> int:
     return model.head_dim or model.hidden_size // model.num_attention_heads  # divisible: the spec refuses others
 
 
-def _block(model: Decoder) -> list[tuple[str, tuple[int, ...]]]:
-    hidden, inner, width = model.hidden_size, model.intermediate_size, head_dim(model)
-    queries = model.num_attention_heads * width
-    keys = (model.num_key_value_heads or model.num_attention_heads) * width
-    qkv_bias = model.bias or model.qkv_bias
-    found = _norm("input_layernorm", model)
-    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        found += _linear(f"self_attn.{name}", hidden, rows, qkv_bias)
-    found += _linear("self_attn.o_proj", queries, hidden, model.bias)
-    if model.qk_norm:
-        found += [("self_attn.q_norm.weight", (width,)), ("self_attn.k_norm.weight", (width,))]
+def dropout(model: Model) -> float:
+    """The largest dropout probability of any part."""
+    return model.dropout if isinstance(model, Decoder) else max(shape.dropout for shape in shapes(model).values())
+
+
+def still(model: Vla, frozen: Collection[str]) -> tuple[str, ...]:
+    """Parts of a vla in which nothing trains and that read nothing that trains, where these parameters are frozen.
+
+    They run without gradients and without dropout.
+    """
+    training = {p.name.partition(".")[0] for p in parameters(model) if p.name not in frozen}
+    found = [part for part in ("vision", "language") if part not in training]
+    return (*found, "fusion") if len(found) == 2 and "fusion" not in training else tuple(found)
+
+
+# ---------------------------------------------------------------- sizes of a sample
+
+
+def patches(vision: Vision) -> int:
+    """Tokens of one view."""
+    return (vision.image_size // vision.patch_size) ** 2  # divisible: the spec refuses others
+
+
+def sample_length(model: Model, sequence_length: int) -> int:
+    """Positions of a sample: what throughput and FLOPs are counted by.
+
+    Of a decoder its tokens. Of a vla the patches of all views, the tokens of the instruction (`sequence_length`) and
+    the actions of a chunk.
+    """
+    return sequence_length if isinstance(model, Decoder) else sequence_length + _beside_text(model)
+
+
+def text_length(model: Model, length: int) -> int:
+    """Tokens of text in a sample of so many positions: the reverse of `sample_length`."""
+    return length if isinstance(model, Decoder) else length - _beside_text(model)
+
+
+def context_length(model: Vla, text: int) -> int:
+    """Tokens that the action queries look at: all views, the instruction, the state."""
+    return model.vision.views * patches(model.vision) + text + 1
+
+
+def _beside_text(model: Vla) -> int:
+    return model.vision.views * patches(model.vision) + model.action.chunk_size
+
+
+# ---------------------------------------------------------------- shapes of blocks
+
+
+def shapes(model: Vla) -> dict[str, Decoder]:
+    """Each part of a vla that has blocks, as the decoder whose blocks they are; fusion's attend twice."""
+    return {"vision": vision_shape(model.vision), "language": model.language, "fusion": fusion_shape(model.fusion)}
+
+
+def vision_shape(vision: Vision) -> Decoder:
+    """The decoder whose blocks are a vision transformer's."""
+    return _vit(vision, patches(vision))
+
+
+def fusion_shape(fusion: Fusion) -> Decoder:
+    """The decoder whose blocks are those of the fusion, but for their cross-attention."""
+    return _vit(fusion, 1)
+
+
+def _vit(part: Vision | Fusion, positions: int) -> Decoder:
+    return Decoder(
+        kind="decoder",
+        vocab_size=1,
+        hidden_size=part.hidden_size,
+        intermediate_size=part.intermediate_size,
+        num_hidden_layers=part.num_hidden_layers,
+        num_attention_heads=part.num_attention_heads,
+        max_position_embeddings=positions,
+        norm="layernorm",
+        norm_eps=part.norm_eps,
+        activation="gelu",
+        position="learned",
+        bias=True,
+        dropout=part.dropout,
+    )
+
+
+# ---------------------------------------------------------------- names and shapes
+
+Shapes = list[tuple[str, tuple[int, ...]]]
+
+
+def _decoder(model: Decoder) -> Shapes:
+    found = _embeddings("", model)
+    for block in blocks(model):
+        found += _named(block, _block(model))
+    found += _norm("norm", model)
+    if not model.tie_word_embeddings:
+        found.append(("lm_head.weight", (model.vocab_size, model.hidden_size)))
+    return found
+
+
+def _vla(model: Vla) -> Shapes:
+    vision, action, width = model.vision, model.action, model.fusion.hidden_size
+    by_part = shapes(model)
+    found = _linear("vision.patch_embed", CHANNELS * vision.patch_size**2, vision.hidden_size, True)
+    found.append(("vision.embed_positions.weight", (patches(vision), vision.hidden_size)))
+    found.append(("vision.embed_views.weight", (vision.views, vision.hidden_size)))
+    found += _tower("vision", by_part["vision"])
+    found += _embeddings("language.", model.language)
+    found += _tower("language", model.language)
+    found.append(("fusion.queries.weight", (action.chunk_size, width)))
+    found += _linear("fusion.vision_proj", vision.hidden_size, width, True)
+    found += _linear("fusion.language_proj", model.language.hidden_size, width, True)
+    found += _linear("fusion.state_proj", action.state_dim, width, True)
+    if action.head == "velocity":
+        found += _linear("fusion.action_proj", action.action_dim, width, True)
+        found += _linear("fusion.time_proj", TIME_FEATURES, width, True)
+    found += _tower("fusion", by_part["fusion"], crossed=True)
+    return found + _linear("action_head", width, action.action_dim, True)
+
+
+def _tower(name: str, shape: Decoder, *, crossed: bool = False) -> Shapes:
+    """Blocks, of the fusion with their cross-attention, and the norm after them."""
+    found: Shapes = []
+    for block in _layers(f"{name}.", shape.num_hidden_layers):
+        found += _named(block, _block(shape, crossed=crossed))
+    return found + _norm(f"{name}.norm", shape)
+
+
+def _layers(prefix: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{prefix}layers.{index}" for index in range(count))
+
+
+def _named(prefix: str, shapes: Shapes) -> Shapes:
+    return [(f"{prefix}.{name}", shape) for name, shape in shapes]
+
+
+def _embeddings(prefix: str, model: Decoder) -> Shapes:
+    found: Shapes = [(f"{prefix}embed_tokens.weight", (model.vocab_size, model.hidden_size))]
+    if model.position == "learned":
+        found.append((f"{prefix}embed_positions.weight", (model.max_position_embeddings, model.hidden_size)))
+    return found
+
+
+def _block(model: Decoder, *, crossed: bool = False) -> Shapes:
+    found = _norm("input_layernorm", model) + _attention("self_attn", model)
+    if crossed:
+        found += _norm("cross_attention_layernorm", model) + _attention("cross_attn", model)
     found += _norm("post_attention_layernorm", model)
+    hidden, inner = model.hidden_size, model.intermediate_size
     if model.activation == "swiglu":
         found += _linear("mlp.gate_proj", hidden, inner, model.bias)
     found += _linear("mlp.up_proj", hidden, inner, model.bias)
@@ -100,11 +246,24 @@ def _block(model: Decoder) -> list[tuple[str, tuple[int, ...]]]:
     return found
 
 
-def _norm(name: str, model: Decoder) -> list[tuple[str, tuple[int, ...]]]:
-    weight = [(f"{name}.weight", (model.hidden_size,))]
+def _attention(name: str, model: Decoder) -> Shapes:
+    hidden, width = model.hidden_size, head_dim(model)
+    queries = model.num_attention_heads * width
+    keys = (model.num_key_value_heads or model.num_attention_heads) * width
+    found: Shapes = []
+    for letter, rows in (("q", queries), ("k", keys), ("v", keys)):
+        found += _linear(f"{name}.{letter}_proj", hidden, rows, model.bias or model.qkv_bias)
+    found += _linear(f"{name}.o_proj", queries, hidden, model.bias)
+    if model.qk_norm:
+        found += [(f"{name}.q_norm.weight", (width,)), (f"{name}.k_norm.weight", (width,))]
+    return found
+
+
+def _norm(name: str, model: Decoder) -> Shapes:
+    weight: Shapes = [(f"{name}.weight", (model.hidden_size,))]
     return [*weight, (f"{name}.bias", (model.hidden_size,))] if model.norm == "layernorm" and model.bias else weight
 
 
-def _linear(name: str, inputs: int, outputs: int, bias: bool) -> list[tuple[str, tuple[int, ...]]]:
-    weight = (f"{name}.weight", (outputs, inputs))
-    return [weight, (f"{name}.bias", (outputs,))] if bias else [weight]
+def _linear(name: str, inputs: int, outputs: int, bias: bool) -> Shapes:
+    weight: Shapes = [(f"{name}.weight", (outputs, inputs))]
+    return [*weight, (f"{name}.bias", (outputs,))] if bias else weight

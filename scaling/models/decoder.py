@@ -14,15 +14,13 @@ from scaling.inventory import blocks, head_dim, is_adapter
 from scaling.models.lora import adapter_inserter, fill_adapter
 from scaling.models.loss import summed_cross_entropy
 from scaling.models.recipe import ModelRecipe
-from scaling.spec.sections import CausalLM, Factory, Lora
+from scaling.spec.sections import CausalLM, Lora, Objective
 from scaling.spec.sections import Decoder as DecoderSpec
 
 
-def decoder_recipe(
-    spec: DecoderSpec, objective: CausalLM | Factory, seed: int, lora: Lora | None = None
-) -> ModelRecipe:
+def decoder_recipe(spec: DecoderSpec, objective: Objective, seed: int, lora: Lora | None = None) -> ModelRecipe:
     """The recipe of a decoder for `objective`, with the adapters of `lora` in it."""
-    chunked = isinstance(objective, Factory) or objective.cross_entropy == "chunked"
+    chunked = not isinstance(objective, CausalLM) or objective.cross_entropy == "chunked"
     insert = adapter_inserter(lora, lora.targets(spec)) if lora is not None else None
 
     def build() -> nn.Module:
@@ -65,7 +63,7 @@ class Decoder(nn.Module):
         )
         self.dropout = nn.Dropout(spec.dropout)
         self.layers = nn.ModuleList([Block(spec) for _ in range(spec.num_hidden_layers)])
-        self.norm = _norm(spec)
+        self.norm = norm_of(spec)
         self.lm_head = Head(spec.hidden_size, spec.vocab_size, chunked=chunked)
         if spec.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -79,7 +77,7 @@ class Decoder(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(positions)
-        rotation = _rotation(self.spec, positions, hidden.dtype) if self.spec.position == "rope" else None
+        rotation = rotation_of(self.spec, positions, hidden.dtype) if self.spec.position == "rope" else None
         hidden = self.dropout(hidden)
         for layer in self.layers:
             hidden = layer(hidden, rotation)
@@ -89,11 +87,11 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each normalised before and added to the residual stream."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, *, causal: bool = True) -> None:
         super().__init__()
-        self.input_layernorm = _norm(spec)
-        self.self_attn = Attention(spec)
-        self.post_attention_layernorm = _norm(spec)
+        self.input_layernorm = norm_of(spec)
+        self.self_attn = Attention(spec, causal=causal)
+        self.post_attention_layernorm = norm_of(spec)
         self.mlp = MLP(spec)
         self.dropout = nn.Dropout(spec.dropout)
 
@@ -104,10 +102,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries (Ainslie et al., 2023)."""
+    """Self-attention with grouped queries (Ainslie et al., 2023); of a decoder causal."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, *, causal: bool = True) -> None:
         super().__init__()
+        self.causal = causal
         self.width = head_dim(spec)
         queries = spec.num_attention_heads * self.width
         keys = (spec.num_key_value_heads or spec.num_attention_heads) * self.width
@@ -132,7 +131,7 @@ class Attention(nn.Module):
             query, key = _rotate(query, *rotation), _rotate(key, *rotation)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, dropout_p=dropout, enable_gqa=self.grouped
+            query, key, value, is_causal=self.causal, dropout_p=dropout, enable_gqa=self.grouped
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -188,13 +187,14 @@ class Head(Linear):
         return summed_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), chunked=self.chunked)
 
 
-def _norm(spec: DecoderSpec) -> nn.Module:
+def norm_of(spec: DecoderSpec) -> nn.Module:
+    """The normalisation of `spec`, over its width."""
     if spec.norm == "layernorm":
         return nn.LayerNorm(spec.hidden_size, eps=spec.norm_eps, bias=spec.bias)
     return nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
 
-def _rotation(spec: DecoderSpec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation_of(spec: DecoderSpec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [sequence, head_dim] of the rotary embedding (Su et al., 2021), halves laid out as Llama's."""
     width = head_dim(spec)
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width

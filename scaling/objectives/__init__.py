@@ -1,23 +1,30 @@
-"""Losses: each a function of the module and a micro-batch that returns the sum over target tokens."""
+"""Losses: each a function of the module and a micro-batch that returns the sum over target tokens, or numbers."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from scaling.errors import UserError
 from scaling.imports import call_target
-from scaling.spec.sections import CausalLM, Factory
+from scaling.objectives.behaviour_cloning import flow_matching, regression
+from scaling.spec.sections import BehaviourCloning, CausalLM, Factory
+from scaling.spec.sections import Objective as ObjectiveSpec
 
 Objective = Callable[[nn.Module, Any], Tensor]
-"""(module, micro-batch) -> loss summed over the micro-batch's target tokens, an fp32 scalar. Never a mean."""
+"""(module, micro-batch) -> loss summed over the micro-batch's terms, an fp32 scalar. Never a mean."""
 
 
-def build_objective(spec: CausalLM | Factory, allow_import: Sequence[str] = ()) -> Objective:
+def build_objective(spec: ObjectiveSpec, allow_import: Sequence[str] = ()) -> Objective:
     """The loss function that `spec` names; `allow_import` are the packages that a factory may come from."""
     match spec:
         case CausalLM():
             return _causal_lm
+        case BehaviourCloning(loss="flow_matching"):
+            return flow_matching
+        case BehaviourCloning():
+            return partial(regression, squared=spec.error == "mse")
         case Factory():
             objective = call_target(spec.target, spec.arguments, allow_import, "objective")
             if not callable(objective):

@@ -8,7 +8,7 @@ from typing import Any
 from scaling.render import render
 from scaling.spec import load_spec
 
-RECIPES = ("gpt-stdlib", "gpt2-124m", "llama-8b")
+RECIPES = ("atlas-vla", "atlas-vla-tiny", "gpt-stdlib", "gpt2-124m", "llama-8b")
 GPUS = (1, 4, 8)
 STRATEGIES: dict[str, dict[str, Any]] = {
     "zero1": {"kind": "deepspeed", "zero_stage": 1},

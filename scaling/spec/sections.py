@@ -114,6 +114,109 @@ class Decoder(Section):
             )
 
 
+class Vision(Section):
+    """A vision transformer over several camera views (Dosovitskiy et al., 2021; layernorm, gelu, learned positions).
+
+    Its attention alternates as VGGT's (Wang et al., 2025): even blocks look within a view, odd ones over all views.
+    """
+
+    image_size: Size
+    """Height and width of each view, pixels."""
+    patch_size: Size
+    """Height and width of the square that becomes one token, pixels; divides image_size."""
+    views: Size = 1
+    """Number of cameras."""
+    hidden_size: Size
+    """Width of the residual stream."""
+    intermediate_size: Size
+    """Width inside the MLP."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=4096)]
+    """Number of transformer blocks, of both kinds together."""
+    num_attention_heads: Size
+    """Heads in each block."""
+    norm_eps: Positive = 1e-6
+    """Added to the variance before its root. Default: as ViT and DINOv2."""
+    dropout: Fraction = 0.0
+    """Dropout probability on embeddings, attention and residual branches."""
+
+    def contradictions(self) -> Iterator[str]:
+        if self.image_size % self.patch_size:
+            yield (
+                f"`image_size` must be a multiple of patch_size ({self.patch_size}), but is {self.image_size}; "
+                f"use {_nearest_multiples(self.image_size, self.patch_size)}"
+            )
+        yield from _uneven_heads(self.hidden_size, self.num_attention_heads)
+
+
+class Language(Decoder):
+    """The encoder of instructions: a decoder's blocks without its head."""
+
+    kind: Literal["decoder"] = "decoder"
+    """Its blocks are a decoder's."""
+    causal: bool = False
+    """Each token sees those before it alone, as in a language model that was trained to predict; false: all of them."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.tie_word_embeddings:
+            yield "`tie_word_embeddings` must be false for an encoder, which has no output head, but is true; drop it"
+
+
+class Fusion(Section):
+    """A transformer of learned action queries: self-attention, cross-attention over vision and language, MLP."""
+
+    hidden_size: Size
+    """Width of the residual stream, to which vision, language and state are projected."""
+    intermediate_size: Size
+    """Width inside the MLP."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=4096)]
+    """Number of blocks."""
+    num_attention_heads: Size
+    """Heads of each attention."""
+    norm_eps: Positive = 1e-5
+    """Added to the variance before its root."""
+    dropout: Fraction = 0.0
+    """Dropout probability on attention and residual branches."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from _uneven_heads(self.hidden_size, self.num_attention_heads)
+
+
+class Action(Section):
+    """What the robot is asked to do: a chunk of continuous actions, predicted at once (Zhao et al., 2023)."""
+
+    action_dim: Size
+    """Numbers in one action: joints, gripper."""
+    chunk_size: Size
+    """Actions predicted at a time; also the number of queries."""
+    state_dim: Size
+    """Numbers that describe the robot's own state (proprioception)."""
+    head: Literal["direct", "velocity"] = "direct"
+    """direct: from queries alone to actions; velocity: queries take noised actions and a time between 0 and 1 too, and
+    the head predicts how noise flows to actions (for `objective.loss` "flow_matching")."""
+
+
+class Vla(Section):
+    """A vision-language-action model: camera views, an instruction and the robot's state to a chunk of actions.
+
+    Its parts are `vision.*`, `language.*`, `fusion.*` and `action_head.*`. A part of which nothing trains, and which
+    reads nothing that trains, runs without gradients and without dropout.
+    """
+
+    kind: Literal["vla"]
+    vision: Vision
+    """Images to tokens."""
+    language: Language
+    """The instruction to tokens; `max_position_embeddings` is the longest."""
+    fusion: Fusion
+    """Both, and the state, to one token for each action."""
+    action: Action
+    """What is predicted, and from what state."""
+
+
+Model = Annotated[Decoder | Vla, Field(discriminator="kind")]
+
+
 # ---------------------------------------------------------------- adapters
 
 
@@ -150,6 +253,22 @@ class CausalLM(Section):
     """chunked: logits exist for a slice of the tokens at a time (least memory); plain: for the whole micro-batch."""
 
 
+class BehaviourCloning(Section):
+    """Actions as a demonstrator's: the error summed over the numbers of all actions that are no padding, over the whole
+    step, divided by how many they are."""
+
+    kind: Literal["behaviour_cloning"]
+    loss: Literal["regression", "flow_matching"] = "regression"
+    """regression: the distance of the predicted actions; flow_matching: the squared error of the predicted velocity
+    from noise to actions, at a time and noise drawn by seed and place in the data (Lipman et al., 2023)."""
+    error: Literal["l1", "mse"] | None = None
+    """Of a regression: absolute or squared. Default: l1, as ACT (Zhao et al., 2023)."""
+
+    def contradictions(self) -> Iterator[str]:
+        if self.loss == "flow_matching" and self.error is not None:
+            yield f'`error` must be absent for the loss "flow_matching", but is "{self.error}"; drop it'
+
+
 class Factory(Section):
     """Code of your own: the function `target` is called with `arguments`. Its package must be allowed on the command
     line (--allow-import); a spec cannot do that."""
@@ -162,7 +281,7 @@ class Factory(Section):
     """Its keyword arguments."""
 
 
-Objective = Annotated[CausalLM | Factory, Field(discriminator="kind")]
+Objective = Annotated[CausalLM | BehaviourCloning | Factory, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------- data
@@ -202,7 +321,10 @@ class TokenData(Section):
 
 
 class SyntheticData(Section):
-    """Made sequences with a pattern that can be learnt, for tests and for benchmarks of speed; no file is read."""
+    """Made samples with a pattern that can be learnt, for tests and for benchmarks of speed; no file is read.
+
+    Token sequences; for a vla images, instructions and states, with actions that follow from all three.
+    """
 
     kind: Literal["synthetic"]
     samples: Count = 1_000_000
@@ -210,9 +332,10 @@ class SyntheticData(Section):
     validation_samples: Annotated[int, Field(ge=0, le=2**40)] = 256
     """Samples of the validation set."""
     masked_fraction: Fraction = 0.0
-    """Mean share of masked targets; it varies from sample to sample, so that means of means would show."""
+    """Mean share of masked targets (of a vla: of padding at the end of a chunk of actions); it varies from sample to
+    sample, so that means of means would show."""
     sequence_length: Size
-    """Tokens in one sample."""
+    """Tokens in one sample; of a vla: in its instruction."""
 
 
 Data = Annotated[TextData | TokenData | SyntheticData, Field(discriminator="kind")]
@@ -530,7 +653,7 @@ class Spec(Section):
     """Name of the run: its folder is runs/NAME."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1337
     """Of the initial weights, the data order and dropout."""
-    model: Decoder
+    model: Model
     lora: Lora | None = None
     """Train low-rank adapters in place of the model's own weights, which are frozen then whatever `param_groups` say.
     Null: no adapters."""
@@ -575,13 +698,7 @@ class Spec(Section):
     tracking: Tracking = Tracking()
 
     def contradictions(self) -> Iterator[str]:
-        if self.lora is not None and self.lora.target_modules != "all-linear":
-            known, named = self.model.linear_layers, self.lora.target_modules
-            for index in [index for index, name in enumerate(named) if name not in known]:
-                yield (
-                    f"`lora.target_modules.{index}` must be a linear layer of the model's blocks, but is "
-                    f'{named[index][:80]!r}; use some of {", ".join(known)}, or "all-linear" in place of the list'
-                )
+        yield from self._adapters()
         if (self.max_steps is None) == (self.epochs is None):
             both = self.max_steps is not None
             yield (
@@ -595,16 +712,7 @@ class Spec(Section):
                 f"`schedule.warmup_steps`{' + decay_steps' if decay else ''} must be at most max_steps "
                 f"({self.max_steps}), but is {needed}; shorten it or train longer"
             )
-        if self.data.sequence_length > self.model.max_position_embeddings:
-            yield (
-                f"`data.sequence_length` must be at most model.max_position_embeddings "
-                f"({self.model.max_position_embeddings}), but is {self.data.sequence_length}; change one of them"
-            )
-        if isinstance(self.data, TextData) and self.data.tokenizer == "bytes" and self.model.vocab_size < 256:
-            yield (
-                '`model.vocab_size` must be at least 256 for the tokenizer "bytes", '
-                f"but is {self.model.vocab_size}; set it to 256"
-            )
+        yield from self._model_and_data()
         backend = self.backend
         if (
             isinstance(backend, DeepSpeed)
@@ -625,9 +733,63 @@ class Spec(Section):
         if self.validation is not None and held_out == 0:
             yield "`validation` must be null when no data are held out, but is set; set `data.validation` to 0.05, say"
 
+    def _adapters(self) -> Iterator[str]:
+        lora, model = self.lora, self.model
+        if lora is not None and isinstance(model, Vla):
+            yield '`lora` must be null for a model of kind "vla", but is set; set it to null'
+        elif lora is not None and isinstance(model, Decoder) and lora.target_modules != "all-linear":
+            known, named = model.linear_layers, lora.target_modules
+            for index in [index for index, name in enumerate(named) if name not in known]:
+                yield (
+                    f"`lora.target_modules.{index}` must be a linear layer of the model's blocks, but is "
+                    f'{named[index][:80]!r}; use some of {", ".join(known)}, or "all-linear" in place of the list'
+                )
+
+    def _model_and_data(self) -> Iterator[str]:
+        model, data, objective = self.model, self.data, self.objective
+        reader, field = (model.language, "model.language") if isinstance(model, Vla) else (model, "model")
+        if data.sequence_length > reader.max_position_embeddings:
+            yield (
+                f"`data.sequence_length` must be at most {field}.max_position_embeddings "
+                f"({reader.max_position_embeddings}), but is {data.sequence_length}; change one of them"
+            )
+        if isinstance(data, TextData) and data.tokenizer == "bytes" and reader.vocab_size < 256:
+            yield (
+                f'`{field}.vocab_size` must be at least 256 for the tokenizer "bytes", '
+                f"but is {reader.vocab_size}; set it to 256"
+            )
+        wanted = "behaviour_cloning" if isinstance(model, Vla) else "causal_lm"
+        if not isinstance(objective, Factory) and objective.kind != wanted:
+            yield (
+                f'`objective.kind` must be "{wanted}" for a model of kind "{model.kind}", but is "{objective.kind}"; '
+                f'set `objective` to {{"kind": "{wanted}"}}'
+            )
+        if not isinstance(model, Vla):
+            return
+        if not isinstance(data, SyntheticData):
+            yield (
+                f'`data.kind` must be "synthetic" for a model of kind "vla", but is "{data.kind}": text has neither '
+                "images nor actions; change one of them"
+            )
+        if isinstance(objective, BehaviourCloning):
+            head = "velocity" if objective.loss == "flow_matching" else "direct"
+            if model.action.head != head:
+                yield (
+                    f'`model.action.head` must be "{head}" for the loss "{objective.loss}", '
+                    f'but is "{model.action.head}"; change one of them'
+                )
+
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON values, every default spelt out; `Spec` parses it back to an equal value."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=False)
+
+
+def _uneven_heads(hidden: int, heads: int) -> Iterator[str]:
+    if hidden % heads:
+        yield (
+            f"`hidden_size` must be a multiple of num_attention_heads ({heads}), but is {hidden}; "
+            f"use {_nearest_multiples(hidden, heads)}"
+        )
 
 
 def _nearest_multiples(value: int, step: int) -> str:
