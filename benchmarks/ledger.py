@@ -126,9 +126,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**found, "good": good}
 
 
-def draw(
-    count: int, seed: int, backends: list[str], folder: Path, model: str = "decoder"
-) -> Iterator[dict[str, Any]]:
+def draw(count: int, seed: int, backends: list[str], folder: Path, model: str = "decoder") -> Iterator[dict[str, Any]]:
     """Configurations of a kind of `model`, each with its spec written to `folder`; the backends take turns."""
     chance = random.Random(seed)
     for number in range(count):
@@ -138,7 +136,8 @@ def draw(
             world_size = 1
         if name == "hsdp":
             world_size = chance.choice([2, 4, 8, 64])
-        spec = {"backend": backend, **_vla(chance, world_size)} if model == "vla" else _decoder(chance, backend, world_size)
+        drawn = _vla(chance, world_size) if model == "vla" else _decoder(chance, world_size)
+        spec = {"model": drawn.pop("model"), "backend": backend, **drawn}
         path = folder / f"{number}.json"
         path.write_text(json.dumps(spec))
         told = f"{number} {name} x{world_size} " + json.dumps({k: v for k, v in spec.items() if k != "data"})
@@ -146,8 +145,8 @@ def draw(
         yield {"spec": str(path), "world_size": world_size, "set": [], "steps": steps, "name": told}
 
 
-def _decoder(chance: random.Random, backend: dict[str, Any], world_size: int) -> dict[str, Any]:
-    return {"model": _model(chance), "backend": backend, **_rest(chance, world_size)}
+def _decoder(chance: random.Random, world_size: int) -> dict[str, Any]:
+    return {"model": _model(chance), **_rest(chance, world_size)}
 
 
 def _model(chance: random.Random) -> dict[str, Any]:
@@ -201,7 +200,8 @@ def _vla(chance: random.Random, world_size: int) -> dict[str, Any]:
     language["hidden_size"], language["intermediate_size"] = heads * 32, heads * 32 * chance.choice([2, 4])
     language["num_key_value_heads"] = min(language["num_key_value_heads"], heads) if heads > 2 else heads
     drawn = _rest(chance, world_size)
-    frozen = chance.choice([["vision.*"], ["vision.*"], ["vision.*", "language.*"], [], ["language.*"], ["*.layers.0.*"]])
+    vision, language_too = ["vision.*"], ["vision.*", "language.*"]
+    frozen = chance.choice([vision, vision, language_too, [], ["language.*"], ["*.layers.0.*"]])
     frozen = chance.choice([frozen, frozen, ["vision.*", "language.*", "fusion.*"], ["fusion.layers.*", "vision.*"]])
     groups = [{"name": "frozen", "match": frozen, "freeze": True}] if frozen else []
     groups.append({"name": "language", "match": ["language.*"], "lr": 1e-5})
