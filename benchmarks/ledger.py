@@ -150,11 +150,8 @@ def draw(
             world_size = 1
         if name == "hsdp":
             world_size = chance.choice([2, 4, 8, 64])
-        spec = (
-            {"backend": backend, **_vla(chance, world_size)}
-            if model == "vla"
-            else _decoder(chance, backend, world_size)
-        )
+        drawn = _vla(chance, world_size) if model == "vla" else _decoder(chance, world_size)
+        spec = {"model": drawn.pop("model"), "backend": backend, **drawn}
         if model == "decoder" and lora and chance_of_lora.random() < lora:
             spec["lora"] = _lora(chance_of_lora, spec["model"])
         path = folder / f"{number}.json"
@@ -232,9 +229,8 @@ def _vla(chance: random.Random, world_size: int) -> dict[str, Any]:
     language["hidden_size"], language["intermediate_size"] = heads * 32, heads * 32 * chance.choice([2, 4])
     language["num_key_value_heads"] = min(language["num_key_value_heads"], heads) if heads > 2 else heads
     drawn = _rest(chance, world_size)
-    frozen = chance.choice(
-        [["vision.*"], ["vision.*"], ["vision.*", "language.*"], [], ["language.*"], ["*.layers.0.*"]]
-    )
+    vision, language_too = ["vision.*"], ["vision.*", "language.*"]
+    frozen = chance.choice([vision, vision, language_too, [], ["language.*"], ["*.layers.0.*"]])
     frozen = chance.choice([frozen, frozen, ["vision.*", "language.*", "fusion.*"], ["fusion.layers.*", "vision.*"]])
     groups = [{"name": "frozen", "match": frozen, "freeze": True}] if frozen else []
     groups.append({"name": "language", "match": ["language.*"], "lr": 1e-5})

@@ -53,7 +53,7 @@ def path(tmp_path: Path) -> str:
 def test_recipe(name: str) -> None:
     spec = load_spec(name)
     assert spec.name == name
-    assert validate(name, []).startswith(f"{name}.json is valid: decoder of ")
+    assert validate(name, []).startswith(f"{name}.json is valid: {spec.model.kind} of ")
     written = recipe(name)
     assert (ROOT / "scaling" / "recipes" / written["$schema"]).resolve() == SCHEMA
     jsonschema.validate(written, json.loads(SCHEMA.read_text()), cls=jsonschema.Draft202012Validator)
