@@ -1,6 +1,9 @@
 """The order of the test files."""
 
-LONG = ("test_parity", "test_engine", "test_watch", "test_chaos", "test_train", "test_export", "test_stop")
+LONG = (
+    *("test_parity", "test_engine", "test_watch", "test_chaos", "test_lora", "test_train", "test_trace", "test_ledger"),
+    *("test_vla", "test_export", "test_stop"),
+)
 """Begun first, so that no worker is left with one of them when the other has nothing more to do."""
 
 

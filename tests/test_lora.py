@@ -124,6 +124,11 @@ def test_what_cannot_be_is_refused(section: str, message: str) -> None:
     assert message in str(found.value) and str(found.value).count("\n") == 0
 
 
+def test_it_is_for_decoders() -> None:
+    with pytest.raises(UserError, match='`lora` must be null for a model of kind "vla"'):
+        load_spec(str(SPECS / "vla-parity.json"), ["lora={}"])
+
+
 FROZEN = {"nothing": (), "some adapters": ("layers.0.", "layers.2.mlp"), "all lora_A": ("lora_A",)}
 
 
