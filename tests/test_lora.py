@@ -212,7 +212,7 @@ GATES = {
 CHECKED_GATES = ("GPT, accumulation 4", "selective checkpointing")
 """The others are long."""
 LONG = pytest.mark.long
-LEARNS = ("optimizer.lr=0.01", "schedule.warmup_steps=0")
+LEARNS = ("optimizer.lr=0.003", "schedule.warmup_steps=0")
 """Adapters start from nothing: at the rates of the specs little would be learnt in a few steps."""
 GROUPS = 'param_groups=[{"name":"queries","match":["*.q_proj.*"],"lr":1e-4},{"name":"rest","match":["*"]}]'
 
