@@ -1,7 +1,6 @@
 """The ledger of scaling/estimate against live tensors, over configurations drawn by a seeded generator.
 
-    python -m benchmarks.ledger --configurations 200 --seed 7 --out benchmarks/results/ledger-cpu.json
-    python -m benchmarks.ledger --configurations 75 --seed 7 --lora 1 --out benchmarks/results/ledger-lora-cpu.json
+    python -m benchmarks.ledger --decoders 210 --lora 0.25 --vlas 75 --seed 7 --out benchmarks/results/ledger-cpu.json
 
 Each configuration is rehearsed on this CPU (rank 0 of its ranks, a few steps for real, live bytes counted) and played
 by the ledger. Exit code 0 where the peak is within 1 % at the median and 3 % at worst, and no part of it is off by more
@@ -59,9 +58,10 @@ def main() -> int:
     options = _parser().parse_args()
     backends = options.backends.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        cells = list(
-            draw(options.configurations, options.seed, backends, Path(folder), options.model, lora=options.lora)
-        )
+        cells = [
+            *draw(options.decoders, options.seed, backends, Path(folder), lora=options.lora),
+            *draw(options.vlas, options.seed, backends, Path(folder), "vla", first=options.decoders),
+        ]
         shares = [cells[first :: options.jobs] for first in range(options.jobs)]
         with ThreadPoolExecutor(options.jobs) as pool:
             rows = [row for found in pool.map(_compare, shares) for row in found]
@@ -70,8 +70,7 @@ def main() -> int:
     print(json.dumps(result))
     if options.out:
         document = {
-            "seed": options.seed,
-            "lora": options.lora,
+            **{name: getattr(options, name) for name in ("seed", "decoders", "lora", "vlas")},
             "environment": environment(1, "cpu"),
             **result,
             "rows": rows,
@@ -136,9 +135,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(
-    count: int, seed: int, backends: list[str], folder: Path, model: str = "decoder", *, lora: float = 0.0
+    count: int,
+    seed: int,
+    backends: list[str],
+    folder: Path,
+    model: str = "decoder",
+    *,
+    lora: float = 0.0,
+    first: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Configurations of a kind of `model`, each with its spec written to `folder`; the backends take turns.
+    """Configurations of a kind of `model`, numbered from `first`, each with its spec written to `folder`; the backends
+    take turns.
 
     A share of `lora` of the decoders has adapters, which a generator of their own draws: all else is as without.
     """
@@ -154,9 +161,9 @@ def draw(
         spec = {"model": drawn.pop("model"), "backend": backend, **drawn}
         if model == "decoder" and lora and chance_of_lora.random() < lora:
             spec["lora"] = _lora(chance_of_lora, spec["model"])
-        path = folder / f"{number}.json"
+        path = folder / f"{first + number}.json"
         path.write_text(json.dumps(spec))
-        told = f"{number} {name} x{world_size} " + json.dumps({k: v for k, v in spec.items() if k != "data"})
+        told = f"{first + number} {name} x{world_size} " + json.dumps({k: v for k, v in spec.items() if k != "data"})
         steps = STEPS_3 if backend.get("zero_stage") == 3 else STEPS
         yield {"spec": str(path), "world_size": world_size, "set": [], "steps": steps, "name": told}
 
@@ -272,11 +279,11 @@ def _tower(chance: random.Random, layers: list[int]) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.splitlines()[0])
-    parser.add_argument("--configurations", type=int, default=200)
+    parser.add_argument("--decoders", type=int, default=210, help="how many (default %(default)s)")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--backends", default=",".join(BACKENDS), help=f"of {','.join(BACKENDS)}")
-    parser.add_argument("--lora", type=float, default=0.0, help="share of configurations with adapters (default 0)")
-    parser.add_argument("--model", choices=["decoder", "vla"], default="decoder", help="what is drawn")
+    parser.add_argument("--lora", type=float, default=0.25, help="share of them with adapters (default %(default)s)")
+    parser.add_argument("--vlas", type=int, default=75, help="vision-language-action models (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="rehearsals at a time")
     parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
     return parser
