@@ -170,17 +170,28 @@ def assert_section(read: dict[str, Any], rendered: dict[str, Any]) -> None:
             assert have == value and isinstance(have, bool) == isinstance(value, bool), key
 
 
+def sizes(spec: Spec, world_size: int) -> tuple[float, float, float]:
+    """Global batch, micro-batch and accumulation, the open one solved."""
+    whole: Any = spec.batch.global_batch_size
+    micro: Any = spec.batch.micro_batch_size
+    accumulation: Any = spec.batch.gradient_accumulation_steps
+    if spec.batch.global_batch_tokens is not None:
+        whole = spec.batch.global_batch_tokens / spec.data.sequence_length
+    if whole is None:
+        return micro * accumulation * world_size, micro, accumulation
+    if micro == "auto":
+        return whole, whole / world_size / accumulation, accumulation
+    return whole, micro, whole / world_size / micro
+
+
 def assert_read_as_specified(read: Any, spec: Spec, clip: float | None) -> None:
     """What the spec asked for is what DeepSpeed read, by DeepSpeed's own names."""
     backend = spec.backend
     assert backend.kind == "deepspeed"
-    length = spec.data.sequence_length
-    whole = spec.batch.global_batch_size or (spec.batch.global_batch_tokens or 0) / length
-    if spec.batch.gradient_accumulation_steps != "auto":
-        whole = spec.batch.gradient_accumulation_steps * spec.batch.micro_batch_size * read.world_size
+    whole, micro, accumulation = sizes(spec, read.world_size)
     assert read.train_batch_size == whole
-    assert read.train_micro_batch_size_per_gpu == spec.batch.micro_batch_size
-    assert read.gradient_accumulation_steps * spec.batch.micro_batch_size * read.world_size == whole
+    assert read.train_micro_batch_size_per_gpu == micro
+    assert read.gradient_accumulation_steps == accumulation
     assert read.gradient_clipping == (clip or 0)
     assert read.bfloat16_config.enabled == (spec.precision == "bf16")
     assert read.float16_config.enabled == (spec.precision == "fp16")
@@ -319,15 +330,8 @@ def test_every_backend_gets_the_same_batch_clipping_and_precision(recipe: str, k
     rendered = render(spec, world_size)
     assert json.loads(json.dumps(rendered)) == rendered
     assert "auto" not in list(values(rendered))
-    whole = render(load_spec(recipe, ["backend.kind=single"]), 1)["batch"]["global_batch_size"]
-    micro = spec.batch.micro_batch_size
-    if spec.batch.gradient_accumulation_steps != "auto":  # so many on each rank, whatever their number
-        whole = micro * spec.batch.gradient_accumulation_steps * world_size
-    batch = {
-        "global_batch_size": whole,
-        "micro_batch_size": micro,
-        "gradient_accumulation_steps": whole / (micro * world_size),
-    }
+    whole, micro, accumulation = sizes(spec, world_size)
+    batch = {"global_batch_size": whole, "micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
     if kind.startswith("zero"):
         assert rendered["zero_optimization"]["stage"] == int(kind[-1])
         assert rendered["train_batch_size"] == whole
