@@ -441,7 +441,7 @@ def test_the_command_exports_a_run(tmp_path: Path, capsys) -> None:
 
 # ---------------------------------------------------------------- the ledger
 
-CHECKED = ("single", "ddp", "fsdp", "zero1", "zero2-small", "zero3-small")
+CHECKED = ("single", "ddp", "fsdp", "zero1", "zero2-small", "zero3")
 
 
 @pytest.fixture(scope="module")
