@@ -199,15 +199,15 @@ def test_a_run_is_a_plain_loop_with_peft(process, name: str) -> None:
 GATES = {
     "GPT, accumulation 4": ("gpt-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", LORA, ()),
     "Llama, all linear layers": ("llama-parity", "2", "single,hsdp,fsdp-offload,zero2-offload,zero3", ALL, ()),
-    "bf16": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", LORA, ("precision=bf16",)),
+    "bf16": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", ALL, ("precision=bf16",)),
     "selective checkpointing": (
         "gpt-parity", "2", "single,fsdp,zero3,zero3-offload", LORA, ('activation_checkpointing="selective"',),
     ),
     "full checkpointing, plain loss": (
-        "llama-parity", "2", "single,ddp,zero1,zero3", LORA,
+        "llama-parity", "2", "single,ddp,zero1,zero3", ALL,
         ('activation_checkpointing="full"', "objective.cross_entropy=plain"),
     ),
-    "compiled": ("llama-parity", "2", "single,fsdp,zero2,zero3", LORA, ("compile=true",)),
+    "compiled": ("llama-parity", "2", "single,fsdp,zero2,zero3", ALL, ("compile=true",)),
 }  # fmt: skip
 CHECKED_GATES = ("GPT, accumulation 4", "selective checkpointing")
 """The others are long."""
@@ -449,7 +449,7 @@ def test_the_command_exports_a_run(tmp_path: Path, capsys) -> None:
 
 # ---------------------------------------------------------------- the ledger
 
-CHECKED = ("fsdp", "zero1", "zero2-small", "zero3-small")
+CHECKED = ("fsdp", "zero1", "zero2-small", "zero3")
 
 
 @pytest.fixture(scope="module")
