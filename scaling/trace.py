@@ -56,7 +56,7 @@ def trace(spec: Spec, world_size: int) -> dict[str, Any]:
     began = time.perf_counter()
     steps = STEPS_3 if backend.get("stage") == 3 else STEPS
     measured = apart(traced, job, steps, MICRO_STEPS, not on_nvme)
-    unseen = dict.fromkeys(("peak_reserved_bytes", "device_used_bytes", "low_bytes", "high_bytes", "host_bytes"))
+    unseen = dict.fromkeys(name for name in predicted if name not in ("peak_allocated_bytes", "peak_phase", "parts"))
     return {
         "spec": spec.name,
         "backend": spec.backend.model_dump(mode="json"),

@@ -14,7 +14,7 @@ from scaling.engine.blocks import prepare_blocks
 from scaling.estimate.step import play
 from scaling.groups import resolve_groups
 from scaling.inventory import parameters
-from scaling.models.decoder import Block, _rotation
+from scaling.models.decoder import Block, rotation_of
 from scaling.records import BatchPlan
 from scaling.render import render
 from scaling.spec.sections import Spec
@@ -58,7 +58,7 @@ def partitioned(activation: str, checkpointing: str) -> float:
     spec = spec_of(activation, checkpointing, 1)
     block = Block(spec.model).to(torch.bfloat16)
     names = {tuple(parameter.shape) for parameter in block.parameters()}
-    rotation = _rotation(spec.model, torch.arange(LENGTH), torch.bfloat16)
+    rotation = rotation_of(spec.model, torch.arange(LENGTH), torch.bfloat16)
     names.add(tuple(rotation[0].shape))
     kept: list[float] = []
 

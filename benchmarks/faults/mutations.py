@@ -37,7 +37,28 @@ SMALL: Spec = {
 }
 """What the specs of `maximal_specs` have in common."""
 
-_VARIANTS: dict[str, list[Spec]] = {
+_VLA: Spec = {
+    "model": {
+        "kind": "vla",
+        "vision": {
+            **{"image_size": 16, "patch_size": 4, "views": 2, "hidden_size": 32, "intermediate_size": 64},
+            **{"num_hidden_layers": 2, "num_attention_heads": 4},
+        },
+        "language": {
+            **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64},
+        },
+        "fusion": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+        "action": {"action_dim": 7, "chunk_size": 6, "state_dim": 5, "head": "direct"},
+    },
+    "objective": {"kind": "behaviour_cloning", "loss": "regression", "error": "mse"},
+    "data": {"kind": "synthetic", "sequence_length": 64},
+    "param_groups": [{"name": "vision", "match": ["vision.*"], "freeze": True}, {"name": "rest", "match": ["*"]}],
+}
+"""A model of another kind, with what goes with it."""
+
+_VARIANTS: dict[str, list[Any]] = {
+    "lora": [None, {"rank": 4, "alpha": 8.0, "dropout": 0.1, "target_modules": ["q_proj"]}],
     "objective": [
         {"kind": "causal_lm", "cross_entropy": "plain"},
         {"kind": "factory", "target": "my_code.losses:build", "arguments": {"weight": 0.5}},
@@ -81,6 +102,7 @@ def maximal_specs() -> list[Spec]:
     for index in range(max(map(len, _VARIANTS.values()))):
         chosen = {section: kinds[index % len(kinds)] for section, kinds in _VARIANTS.items()}
         found.append(Validated.model_validate_json(json.dumps(SMALL | chosen)).to_json())
+    found.append(Validated.model_validate_json(json.dumps(SMALL | _VLA)).to_json())
     return found
 
 

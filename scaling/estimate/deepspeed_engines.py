@@ -355,6 +355,9 @@ class ZeRO3(Single):
         self.persistent: set[str] = set()
         self.users: dict[str, set[str]] = {}
         """Modules at work on a parameter."""
+        self.active: dict[str, list[str]] = {}
+        """Modules in their backward pass, the latest last, each with frozen parameters that recomputation gathered
+        meanwhile: they stay as long."""
         self.ready: set[str] = set()
         self.flying: dict[str, _Handle] = {}
         self.trace: list[str] = []
@@ -463,7 +466,7 @@ class ZeRO3(Single):
             nonlocal coming
             coming -= 1
             if not coming:
-                self.release(module)
+                self.release(module, backward=True)
             return [gradient]
 
         return [
@@ -481,6 +484,7 @@ class ZeRO3(Single):
             return value
 
         def run(gradient: Storage, _: list[Storage]) -> list[Storage]:
+            self.active[module] = []
             self.fetch(module)
             return [gradient]
 
@@ -524,8 +528,13 @@ class ZeRO3(Single):
             self.trace.append(module)
         names = self.modules.get(module, [])
         self.gather([name for name in names if name not in self.ready and name not in self.flying])
+        recomputes = self.ops.frame is not None and self.ops.frame.repeats
+        owner = next(reversed(self.active), None) if recomputes else None
         for name in names:
             self.users[name].add(module)
+            if owner is not None and name not in self.leaves:
+                self.users[name].add(owner)
+                self.active[owner].append(name)
             if name in self.flying:
                 self.wait(name)
         if self.recorded:
@@ -581,7 +590,7 @@ class ZeRO3(Single):
         handle.done = True
         self.ready.update(handle.names)
 
-    def release(self, module: str) -> None:
+    def release(self, module: str, *, backward: bool = False) -> None:
         """`release_sub_module`: free what no other module uses, and none will soon."""
         for name in self.modules.get(module, ()):
             self.users[name].discard(module)
@@ -589,6 +598,15 @@ class ZeRO3(Single):
                 continue
             ahead = self.fetched_for.get(name, -1) > self.place
             if not (self.recorded and (name in self.persistent or ahead or self.soon(name))):
+                self.free(name)
+        if backward:
+            self.release_recomputed(module)
+
+    def release_recomputed(self, module: str) -> None:
+        """What has stayed for a module whose backward pass is done."""
+        for name in self.active.pop(module, ()):
+            self.users[name].discard(module)
+            if name in self.ready and name not in self.persistent and not self.users[name]:
                 self.free(name)
 
     def free(self, name: str) -> None:
@@ -637,7 +655,9 @@ class ZeRO3(Single):
 
     def end(self) -> None:
         self.reduce()
-        # Modules whose inputs took no gradient are released now.
+        # Modules whose inputs took no gradient are released now (`release_backward_leftovers`).
+        for module in reversed(list(self.active)):
+            self.release_recomputed(module)
         for module in self.modules:
             for name in self.modules[module]:
                 self.users[name].discard(module)

@@ -161,12 +161,16 @@ class Ops:
         saved = [inputs.storage] if weight.node or self.zero3_linear else []
         saved += [self.factor(weight)] if inputs.node or self.zero3_linear else []
 
-        sizes = self.wanted((extra, inputs, weight), (outputs, inputs.elements, weight.elements))
+        named = [(extra, outputs), (inputs, inputs.elements), (weight, weight.elements)]
+        if self.zero3_linear:
+            named = [*named[1:], named[0]]
+        operands = [operand for operand, _ in named]
+        sizes = self.wanted(operands, [size for _, size in named])
         run = lambda *_: self.made(sizes)  # noqa: E731
         # Nothing wants a block's last product back, and a compiled block knows it.
         spared = self.compiled and name.endswith(".down_proj")
         make = lambda: (self.new if spared else self.kept)(rows * outputs)  # noqa: E731
-        return self.result(rows * outputs, [extra, inputs, weight], saved, run, make)
+        return self.result(rows * outputs, operands, saved, run, make)
 
     def factor(self, weight: Value) -> Storage:
         """What a linear layer keeps of its weight: torch's a transposed view, so what is in it now."""
