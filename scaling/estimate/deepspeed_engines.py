@@ -90,6 +90,9 @@ class _Flat(Single):
 
     def build(self) -> None:
         sizes = {parameter.name: parameter.elements for parameter in self.parameters}
+        made = [Storage(self.tape, self.width * size) for size in sizes.values()]  # the model, before it is flat
+        self.fill()
+        del made
         for index, group in enumerate(self.trained):
             elements = sum(sizes[name] for name in group.names)
             flat = _Group(self.ops, elements, self.ranks, offloaded=self.offloads)
@@ -111,9 +114,8 @@ class _Flat(Single):
             for on_host in (True, False):
                 self.host.append(self.ops.held(largest, self.width, "communication", on_host=on_host))
         self.make_gradients()
-        if self.width != FLOAT and not self.ops.cuda:  # initial values, made on the host, one parameter after the other
-            largest = Storage(self.tape, FLOAT * max(sizes.values()), "other")
-            del largest
+        if self.width != FLOAT:  # for the masters, once more
+            self.fill()
         for flat in self.flats:
             flat.make_moments(self.ops)
 

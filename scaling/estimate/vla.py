@@ -7,12 +7,13 @@ from scaling.estimate.ops import FLOAT, LONG, Ops
 from scaling.estimate.tape import Value
 from scaling.inventory import CHANNELS, TIME_FEATURES, head_dim, patches, shapes, text_length
 from scaling.spec.sections import BehaviourCloning, Objective, Vla
+from scaling.units import ALLOCATION_BYTES
 
 
 def batch_sizes(model: Vla, batch: int, text: int) -> list[int]:
-    """Bytes of each tensor of an ActionBatch."""
+    """Bytes that each tensor of an ActionBatch takes."""
     vision, action = model.vision, model.action
-    return [
+    sizes = [
         batch * vision.views * vision.image_size**2 * CHANNELS,
         LONG * batch * text,
         FLOAT * batch * action.state_dim,
@@ -20,6 +21,7 @@ def batch_sizes(model: Vla, batch: int, text: int) -> list[int]:
         batch * action.chunk_size,
         LONG * batch,
     ]
+    return [-(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES for size in sizes]
 
 
 class PlayedVla:
