@@ -133,10 +133,10 @@ def _write(job: Any, process: Any, folder: Path, repeats: int) -> dict[str, Any]
     from scaling.checkpoint.saver import Saver
     from scaling.checkpoint.store import Store
     from scaling.engine.build import build_engine
-    from scaling.models.decoder import decoder_recipe
+    from scaling.models.build import model_recipe
 
     spec = job.spec
-    recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
+    recipe = model_recipe(spec)
     engine = build_engine(spec, job.rendered, recipe, job.groups, process)
     with engine.loading(engine.counters()):
         pass

@@ -21,9 +21,8 @@ from typing import Any
 from scaling import parity
 from scaling.rehearse import rehearse_all
 from scaling.run_folder import environment
+from scaling.trace import STEPS, STEPS_3
 
-STEPS, STEPS_3 = 2, 5
-"""From the second on all are alike; at stage 3 later, since what it knows of the order of modules grows."""
 MEDIAN, WORST, PART = 0.01, 0.03, 0.05
 BACKENDS: dict[str, dict[str, Any]] = {
     **{name: parity.BACKENDS[name] for name in ("single", "ddp", "fsdp", "fsdp-keep", "hsdp", "zero1", "zero2")},

@@ -30,9 +30,9 @@ from scaling.estimate.memory import (
 )
 from scaling.estimate.report import PHASES, report
 from scaling.estimate.search import MARGIN, Candidate, Found, flags, known, search
-from scaling.groups import resolve_groups
+from scaling.groups import Group
 from scaling.hardware import GPU, GPUS, Cluster, load_hardware, parse_gpus
-from scaling.inventory import parameters, sample_length
+from scaling.inventory import sample_length
 from scaling.render import render
 from scaling.spec import Document, Spec, parse_spec, placed, read_document
 from scaling.units import GiB, format_bytes, format_count, format_seconds
@@ -224,7 +224,7 @@ def _show(spec: Spec, found: Found, options: Namespace) -> None:
     if chosen is not None and (line := _length_line(spec, chosen, found.cluster.gpu, options.usd_per_gpu_hour)):
         print(line)
     if options.explain and (explained := chosen or next(iter(found.candidates), None)):
-        for sheet in _ledger(explained):
+        for sheet in _ledger(explained, found.groups):
             print()
             print_sheet(sheet)
     if options.gpu_counts or options.usd_per_gpu_hour is not None:
@@ -335,11 +335,10 @@ PART_WORDS = {
 TIME_WORDS = {"optimizer": "the update of the weights"}
 
 
-def _ledger(candidate: Candidate) -> list[Sheet]:
+def _ledger(candidate: Candidate, groups: Sequence[Group]) -> list[Sheet]:
     """Memory at the peak and time of a step, line by line."""
     memory, duration = candidate.memory, candidate.time
     spec, ranks = candidate.spec, candidate.plan.world_size
-    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
     source = formulas(spec, groups, render(spec, ranks), ranks)
     rows = [
         [name, format_bytes(size), PART_WORDS.get(name, ""), source.get(name, "")]

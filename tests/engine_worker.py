@@ -21,7 +21,7 @@ from scaling.engine.protocol import Engine
 from scaling.engine.scaler import LossScaler
 from scaling.groups import resolve_groups
 from scaling.inventory import parameters
-from scaling.models.decoder import decoder_recipe
+from scaling.models.build import model_recipe
 from scaling.models.recipe import ModelRecipe, canonical_name
 from scaling.parity import BACKENDS
 from scaling.render import render
@@ -78,7 +78,7 @@ def main() -> None:
 @contextlib.contextmanager
 def built(spec, process: Process) -> Iterator[tuple[Engine, ModelRecipe]]:
     groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
-    recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
+    recipe = model_recipe(spec)
     engine = build_engine(spec, render(spec, process.world_size), recipe, groups, process)
     yield engine, recipe
     engine.close()

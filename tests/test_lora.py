@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import SPECS, python, torchrun
+from processes import SPECS, TINY_MODEL, python, torchrun
 from test_engine import TOLERANCE, check_return, check_taking_over, launch
 from test_export import assert_same_logits, loaded, write_checkpoint
 from test_inventory import BATCH, LENGTH
@@ -252,16 +252,7 @@ def test_engines(tmp_path: Path, world_size: int, precision: str) -> None:
 SPEC: dict[str, Any] = {
     "name": "tiny",
     "seed": 7,
-    "model": {
-        "kind": "decoder",
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 16,
-        "tie_word_embeddings": True,
-    },
+    "model": TINY_MODEL,
     "lora": {"rank": 2, "alpha": 4, "dropout": 0.1, "target_modules": ["q_proj", "down_proj"]},
     "data": {"kind": "synthetic", "samples": 40, "sequence_length": 16},
     "batch": {"global_batch_size": 4, "micro_batch_size": 2},

@@ -108,6 +108,11 @@ def test_a_spec_holds_no_password_in_a_url(tmp_path):
                 load_spec(str(file), [f"{name}={address}"])
             assert f"`{name}` must have no user name or password" in str(caught.value)
             assert "CANARY" not in str(caught.value)
+    # Nor does a line about what contradicts repeat it: here the path stands with nothing to hold.
+    backend = json.dumps({"kind": "deepspeed", "zero_stage": 3, "nvme_path": address})
+    with pytest.raises(UserError) as caught:
+        load_spec("gpt-stdlib", [f"backend={backend}"])
+    assert "nvme_path" in str(caught.value) and "CANARY" not in str(caught.value)
     assert load_spec(str(file), ["$schema=https://example.org/a@b"]).schema_ == "https://example.org/a@b"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import TINY_MODEL
 
 from scaling.checkpoint.format import Reader
 from scaling.checkpoint.store import Store
@@ -14,17 +15,7 @@ from scaling.train import main
 SPEC = {
     "name": "tiny",
     "seed": 7,
-    "model": {
-        "kind": "decoder",
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 16,
-        "tie_word_embeddings": True,
-        "dropout": 0.2,
-    },
+    "model": TINY_MODEL | {"dropout": 0.2},
     "data": {"kind": "synthetic", "samples": 20, "sequence_length": 16, "validation_samples": 6},
     "batch": {"global_batch_size": 6, "micro_batch_size": 3},
     "optimizer": {"lr": 1e-2},

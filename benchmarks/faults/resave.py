@@ -12,7 +12,7 @@ from scaling.checkpoint.keeper import Checkpoints, restore
 from scaling.checkpoint.store import Store
 from scaling.engine.build import build_engine
 from scaling.engine.process import process_from_environment
-from scaling.models.decoder import decoder_recipe
+from scaling.models.build import model_recipe
 from scaling.run import _identity, resolve
 from scaling.spec import load_spec
 
@@ -26,7 +26,7 @@ def main() -> None:
     spec = load_spec(options.spec, options.set)
     with process_from_environment() as process:
         job = resolve(spec, process.world_size)
-        recipe = decoder_recipe(spec.model, spec.objective, spec.seed, spec.lora)
+        recipe = model_recipe(spec)
         with closing(build_engine(spec, job.rendered, recipe, job.groups, process)) as engine:
             for name, path in json.loads(Path(options.checkpoints).read_text()).items():
                 progress = restore(engine, Path(path))

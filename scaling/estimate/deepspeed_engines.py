@@ -413,9 +413,8 @@ class ZeRO3(Single):
                     self.sub_groups.append(count)
                     count = 0
         total, held = sum(self.sub_groups), self.ops.held
-        # Blocks that ask for a gradient of their input.
-        trained = {".".join(name.split(".")[:2]) for name in self.leaves} if self.leaf_modules else set[str]()
-        self.asking = {name for name in trained if name.startswith("layers.")}
+        self.asking = {block_of(name) for name in self.leaves} - {None} if self.leaf_modules else set[str | None]()
+        """Blocks that ask for a gradient of their input."""
         away, offloads = "offload_param" in self.zero, self.offloads
         self.held_state = [held(total, self.width, "parameters", on_host=away)]
         for name in self.sizes.keys() - self.leaves.keys():
@@ -457,7 +456,7 @@ class ZeRO3(Single):
         if not self.hooked(module):
             return list(values)
         self.fetch(module)
-        if module in self.asking and not any(value.node for value in values):
+        if module in self.asking and not values[0].node:  # of its first input, whatever the others want
             first, *others = values
             first = Value(first.storage, first.elements, Leaf(self.tape, category=None))
             self.asked.append(first)

@@ -3,22 +3,26 @@
 from collections.abc import Sequence
 from typing import Any
 
+from scaling.estimate.deepspeed_engines import BF16, ZeRO3, ZeRO12
+from scaling.estimate.step import engine_of
 from scaling.groups import Group
-from scaling.inventory import parameters
-from scaling.spec.sections import DDP, FSDP, CausalLM, DeepSpeed, Spec
+from scaling.spec.sections import DDP, FSDP, DeepSpeed, Spec, in_chunks
 from scaling.units import WIDTHS
 
 FUSED_ADAMW = "torch/optim/adamw.py"
 FSDP2 = "torch/distributed/fsdp/_fully_shard"
-ZERO = {1: "deepspeed/runtime/zero/stage_1_and_2.py", 2: "deepspeed/runtime/zero/stage_1_and_2.py"}
-ZERO |= {3: "deepspeed/runtime/zero/stage3.py"}
+ZERO = {
+    BF16: "deepspeed/runtime/bf16_optimizer.py",
+    ZeRO12: "deepspeed/runtime/zero/stage_1_and_2.py",
+    ZeRO3: "deepspeed/runtime/zero/stage3.py",
+}
 
 
 def formulas(spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], world_size: int) -> dict[str, str]:
     """By part of the memory estimate. What is offloaded is on the host; what each rank holds whole is not divided."""
-    sizes = {parameter.name: parameter.elements for parameter in parameters(spec.model, spec.lora)}
-    trained = sum(sizes[name] for group in groups if not group.frozen for name in group.names)
-    width, everything = WIDTHS[spec.precision], sum(sizes.values())
+    everything = sum(group.parameters for group in groups)
+    trained = sum(group.parameters for group in groups if not group.frozen)
+    width = WIDTHS[spec.precision]
     match spec.backend:
         case FSDP():
             held = _fsdp(spec.backend, everything, trained, rendered["mesh"]["dp_shard"], width)
@@ -26,8 +30,9 @@ def formulas(spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], worl
             held = _zero(spec, spec.backend, everything, trained, rendered["zero_optimization"], world_size, width)
         case _:
             held = _whole(everything, trained, buckets=isinstance(spec.backend, DDP))
+    played = f"scaling/estimate/{spec.model.kind}.py"
     return held | {
-        "activations": f"op by op, checkpointing {spec.activation_checkpointing}: scaling/estimate/decoder.py",
+        "activations": f"op by op, checkpointing {spec.activation_checkpointing}: {played}",
         "logits": _logits(spec),
         "workspace": "op by op; 64 MiB of it cuBLAS's (aten/src/ATen/cuda/CublasHandlePool.cpp)",
         "other": "loss, scale and counts",
@@ -58,18 +63,17 @@ def _fsdp(backend: FSDP, everything: int, trained: int, shards: int, width: int)
 def _zero(
     spec: Spec, backend: DeepSpeed, everything: int, trained: int, zero: dict[str, Any], ranks: int, width: int
 ) -> dict[str, str]:
-    stage, source = backend.zero_stage, ZERO[backend.zero_stage]
-    whole = stage == 1 and spec.precision == "bf16" and not backend.offload_optimizer
-    if whole:
-        source = "deepspeed/runtime/bf16_optimizer.py"
-    buckets = 2 if zero.get("overlap_comm") and stage < 3 else 1
+    engine = engine_of(spec)
+    source, cut = ZERO[engine], ranks if engine is ZeRO3 else 1
+    buckets = 2 if engine is ZeRO12 and zero["overlap_comm"] else 1
+    reduced = f"{buckets} x {zero['reduce_bucket_size']:,} elements, and what is gathered"
     held = {
-        "parameters": _times(width, everything, source, ranks if stage == 3 else 1),
-        "gradients": _times(4, trained, "fp32", 1 if whole else ranks),
+        "parameters": _times(width, everything, source, cut),
+        "gradients": _times(4, trained, "fp32", 1 if engine is BF16 else ranks),
         "optimizer": _times(
             12, trained, "fp32 masters and two moments (ZeRO, Rajbhandari et al., 2020, section 3)", ranks
         ),
-        "communication": f"{buckets} x {zero['reduce_bucket_size']:,} elements, and what is gathered: {source}",
+        "communication": f"{'joined gradients' if engine is BF16 else reduced}: {source}",
     }
     places = {"optimizer": backend.offload_optimizer, "gradients": backend.offload_optimizer}
     for part, place in (places | {"parameters": backend.offload_parameters}).items():
@@ -79,8 +83,7 @@ def _zero(
 
 
 def _logits(spec: Spec) -> str:
-    plain = isinstance(spec.objective, CausalLM) and spec.objective.cross_entropy == "plain"
-    return f"{'all rows at once' if plain else 'chunk by chunk'}: scaling/models/loss.py"
+    return f"{'chunk by chunk' if in_chunks(spec.objective) else 'all rows at once'}: scaling/models/loss.py"
 
 
 def _times(width: int, elements: int, note: str, parts: int = 1) -> str:

@@ -17,10 +17,9 @@ from scaling.estimate.step import OWN, Cast, batch_sizes, play
 from scaling.estimate.tape import Tape
 from scaling.groups import Group
 from scaling.hardware import GPU
-from scaling.inventory import parameters
 from scaling.records import BatchPlan
 from scaling.render import render
-from scaling.spec.sections import CausalLM, Decoder, Spec, Vla
+from scaling.spec.sections import Decoder, Spec, Vla, in_chunks
 from scaling.units import GiB
 
 PER_SEQUENCE = 2**64
@@ -109,8 +108,8 @@ class MemoryModel:
 
     def _chunks(self, micro_batch: int) -> int:
         """Of the loss; 3 for more."""
-        model, objective = self._spec.model, self._spec.objective
-        if isinstance(model, Vla) or (isinstance(objective, CausalLM) and objective.cross_entropy == "plain"):
+        model = self._spec.model
+        if isinstance(model, Vla) or not in_chunks(self._spec.objective):
             return 1
         rows = max(1, CHUNK_ELEMENTS // model.vocab_size)
         return min(3, -(-micro_batch * self._plan.sequence_length // rows))
@@ -155,8 +154,7 @@ def checkpoint_bytes(spec: Spec, groups: Sequence[Group]) -> int:
     """The tensors of a checkpoint: fp32 masters, and two moments of what trains. Each rank writes an equal share."""
     if spec.checkpoint is None:
         return 0
-    sizes = {parameter.name: parameter.elements for parameter in parameters(spec.model, spec.lora)}
-    return sum(FLOAT * (1 if group.frozen else 3) * sizes[name] for group in groups for name in group.names)
+    return sum(FLOAT * (1 if group.frozen else 3) * group.parameters for group in groups)
 
 
 class _Curve:

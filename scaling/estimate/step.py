@@ -15,7 +15,7 @@ from scaling.inventory import still, text_length
 from scaling.records import BatchPlan
 from scaling.spec.sections import DDP as DDPSpec
 from scaling.spec.sections import FSDP as FSDPSpec
-from scaling.spec.sections import CausalLM, Decoder, Spec, Vla
+from scaling.spec.sections import Decoder, Spec, Vla, in_chunks
 from scaling.spec.sections import DeepSpeed as DeepSpeedSpec
 from scaling.units import WIDTHS
 
@@ -73,7 +73,7 @@ def _played_model(
     checkpointing, compiled = spec.activation_checkpointing, spec.compile and ops.cuda
     match spec.model:
         case Decoder() as model:
-            chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
+            chunked = in_chunks(spec.objective)
             return cast.decoder(
                 *(model, ops, engine),
                 chunked=chunked,

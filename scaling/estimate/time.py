@@ -12,7 +12,7 @@ from scaling.groups import Group
 from scaling.hardware import Cluster
 from scaling.inventory import text_length
 from scaling.records import BatchPlan
-from scaling.spec.sections import CausalLM, Spec, Vla
+from scaling.spec.sections import Spec, Vla, in_chunks
 
 KERNEL_SECONDS = 2e-6
 """What each kernel loses on the device between the one before and itself, filling up included. Engineering judgement:
@@ -69,7 +69,7 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
         (block, count, block_passes(model, block, tokens, length, mode, spec.compile, rates))
         for block, count in work.blocks
     )
-    chunked = not isinstance(spec.objective, CausalLM) or spec.objective.cross_entropy == "chunked"
+    chunked = in_chunks(spec.objective)
     head = head_passes(model, work.head, tokens, chunked, rates)
     return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
 

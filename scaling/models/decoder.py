@@ -14,13 +14,13 @@ from scaling.inventory import blocks, head_dim, is_adapter
 from scaling.models.lora import adapter_inserter, fill_adapter
 from scaling.models.loss import summed_cross_entropy
 from scaling.models.recipe import ModelRecipe
-from scaling.spec.sections import CausalLM, Lora, Objective
 from scaling.spec.sections import Decoder as DecoderSpec
+from scaling.spec.sections import Lora, Objective, in_chunks
 
 
 def decoder_recipe(spec: DecoderSpec, objective: Objective, seed: int, lora: Lora | None = None) -> ModelRecipe:
     """The recipe of a decoder for `objective`, with the adapters of `lora` in it."""
-    chunked = not isinstance(objective, CausalLM) or objective.cross_entropy == "chunked"
+    chunked = in_chunks(objective)
     insert = adapter_inserter(lora, lora.targets(spec)) if lora is not None else None
 
     def build() -> nn.Module:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from scaling.spec.scan import quoted
+
 Count = Annotated[int, Field(ge=1, le=2**40)]
 """A positive whole number, bounded so that products of a few of them stay exact and finite."""
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -114,7 +116,29 @@ class Decoder(Section):
             )
 
 
-class Vision(Section):
+class _Transformer(Section):
+    """What its kinds share: layernorm, gelu, biases."""
+
+    hidden_size: Size
+    """Width of the residual stream."""
+    intermediate_size: Size
+    """Width inside the MLP."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=4096)]
+    """Number of blocks."""
+    num_attention_heads: Size
+    """Heads of each attention."""
+    dropout: Fraction = 0.0
+    """Dropout probability on embeddings, attention and residual branches."""
+
+    def contradictions(self) -> Iterator[str]:
+        if self.hidden_size % self.num_attention_heads:
+            yield (
+                f"`hidden_size` must be a multiple of num_attention_heads ({self.num_attention_heads}), "
+                f"but is {self.hidden_size}; use {_nearest_multiples(self.hidden_size, self.num_attention_heads)}"
+            )
+
+
+class Vision(_Transformer):
     """A vision transformer over several camera views (Dosovitskiy et al., 2021; layernorm, gelu, learned positions).
 
     Its attention alternates as VGGT's (Wang et al., 2025): even blocks look within a view, odd ones over all views.
@@ -126,18 +150,8 @@ class Vision(Section):
     """Height and width of the square that becomes one token, pixels; divides image_size."""
     views: Size = 1
     """Number of cameras."""
-    hidden_size: Size
-    """Width of the residual stream."""
-    intermediate_size: Size
-    """Width inside the MLP."""
-    num_hidden_layers: Annotated[int, Field(ge=1, le=4096)]
-    """Number of transformer blocks, of both kinds together."""
-    num_attention_heads: Size
-    """Heads in each block."""
     norm_eps: Positive = 1e-6
     """Added to the variance before its root. Default: as ViT and DINOv2."""
-    dropout: Fraction = 0.0
-    """Dropout probability on embeddings, attention and residual branches."""
 
     def contradictions(self) -> Iterator[str]:
         if self.image_size % self.patch_size:
@@ -145,7 +159,7 @@ class Vision(Section):
                 f"`image_size` must be a multiple of patch_size ({self.patch_size}), but is {self.image_size}; "
                 f"use {_nearest_multiples(self.image_size, self.patch_size)}"
             )
-        yield from _uneven_heads(self.hidden_size, self.num_attention_heads)
+        yield from super().contradictions()
 
 
 class Language(Decoder):
@@ -162,24 +176,14 @@ class Language(Decoder):
             yield "`tie_word_embeddings` must be false for an encoder, which has no output head, but is true; drop it"
 
 
-class Fusion(Section):
-    """A transformer of learned action queries: self-attention, cross-attention over vision and language, MLP."""
+class Fusion(_Transformer):
+    """A transformer of learned action queries: self-attention, cross-attention over vision and language, MLP.
 
-    hidden_size: Size
-    """Width of the residual stream, to which vision, language and state are projected."""
-    intermediate_size: Size
-    """Width inside the MLP."""
-    num_hidden_layers: Annotated[int, Field(ge=1, le=4096)]
-    """Number of blocks."""
-    num_attention_heads: Size
-    """Heads of each attention."""
+    Vision, language and state are projected to its `hidden_size`.
+    """
+
     norm_eps: Positive = 1e-5
     """Added to the variance before its root."""
-    dropout: Fraction = 0.0
-    """Dropout probability on attention and residual branches."""
-
-    def contradictions(self) -> Iterator[str]:
-        yield from _uneven_heads(self.hidden_size, self.num_attention_heads)
 
 
 class Action(Section):
@@ -282,6 +286,11 @@ class Factory(Section):
 
 
 Objective = Annotated[CausalLM | BehaviourCloning | Factory, Field(discriminator="kind")]
+
+
+def in_chunks(objective: Objective) -> bool:
+    """Whether a decoder's loss takes a slice of the tokens at a time: for code of one's own it does."""
+    return not isinstance(objective, CausalLM) or objective.cross_entropy == "chunked"
 
 
 # ---------------------------------------------------------------- data
@@ -567,7 +576,11 @@ class DeepSpeed(Section):
         if wants_nvme != (self.nvme_path is not None):
             yield (
                 "`nvme_path` must be set when, and only when, something is offloaded to nvme, but "
-                + ("is absent; name a folder on a local disk" if wants_nvme else f"is {self.nvme_path!r}; drop it")
+                + (
+                    "is absent; name a folder on a local disk"
+                    if self.nvme_path is None
+                    else f"is '{quoted(self.nvme_path)}'; drop it"
+                )
             )
 
 
@@ -728,7 +741,7 @@ class Spec(Section):
             yield '`on_nonfinite` must be "stop" or "skip" where nothing is saved, but is "rollback"; set `checkpoint`'
         names = [group.name for group in self.param_groups]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-            yield f"`param_groups` must have distinct names, but {name!r} stands more than once; rename one"
+            yield f"`param_groups` must have distinct names, but '{quoted(name)}' stands more than once; rename one"
         held_out = self.data.validation_samples if isinstance(self.data, SyntheticData) else self.data.validation
         if self.validation is not None and held_out == 0:
             yield "`validation` must be null when no data are held out, but is set; set `data.validation` to 0.05, say"
@@ -742,7 +755,7 @@ class Spec(Section):
             for index in [index for index, name in enumerate(named) if name not in known]:
                 yield (
                     f"`lora.target_modules.{index}` must be a linear layer of the model's blocks, but is "
-                    f'{named[index][:80]!r}; use some of {", ".join(known)}, or "all-linear" in place of the list'
+                    f"'{quoted(named[index])}'; use some of {', '.join(known)}, or \"all-linear\" in place of the list"
                 )
 
     def _model_and_data(self) -> Iterator[str]:
@@ -782,14 +795,6 @@ class Spec(Section):
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON values, every default spelt out; `Spec` parses it back to an equal value."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=False)
-
-
-def _uneven_heads(hidden: int, heads: int) -> Iterator[str]:
-    if hidden % heads:
-        yield (
-            f"`hidden_size` must be a multiple of num_attention_heads ({heads}), but is {hidden}; "
-            f"use {_nearest_multiples(hidden, heads)}"
-        )
 
 
 def _nearest_multiples(value: int, step: int) -> str:
