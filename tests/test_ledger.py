@@ -41,6 +41,17 @@ FOUND = {  # what draws have found: the ledger was off by 1 to 19 %
         *("llama-parity", 64, "zero1-offload"),
         {"batch": {"global_batch_size": 128, "micro_batch_size": 1}},
     ),
+    "recomputation keeps frozen parameters themselves, which ZeRO-3 frees, and adapters are gathered as all others": (
+        *("gpt-parity", 3, "zero3-small"),
+        {
+            "precision": "bf16",
+            "activation_checkpointing": "full",
+            "model.hidden_size": 192,
+            "model.intermediate_size": 774,
+            "lora": {"rank": 33, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+            "batch": {"global_batch_size": 12, "micro_batch_size": 4},
+        },
+    ),
 }
 
 

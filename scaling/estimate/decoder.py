@@ -108,7 +108,7 @@ class PlayedBlocks:
         return self.wrapped(name, hidden, lambda name, hidden: self.ops.linear(name, hidden, outputs, bias))
 
     def adapted_linear(self, name: str, hidden: Value, outputs: int, bias: bool) -> Value:
-        """Linear.forward of peft/tuners/lora/layer.py. Adapters have the type of their layer, so nothing is cast."""
+        """AdaptedLinear.forward of scaling/models/lora.py."""
         ops, lora = self.ops, self.lora
         assert lora is not None
 
@@ -117,7 +117,6 @@ class PlayedBlocks:
             return self.wrapped(f"{own}.default", inner, lambda _, inner: ops.linear(own, inner, columns, False))
 
         base = self.wrapped(f"{name}.base_layer", hidden, lambda _, hidden: ops.linear(name, hidden, outputs, bias))
-        ops.read(f"{name}.lora_A.weight")  # its type is asked for
         drop = ops.dropout if lora.dropout else lambda inner: inner
         inner = self.wrapped(f"{name}.lora_dropout.default", hidden, lambda _, hidden: drop(hidden))
         inner = product("lora_A", inner, lora.rank)

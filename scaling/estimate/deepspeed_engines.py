@@ -398,7 +398,7 @@ class ZeRO3(Single):
             self.sizes[name] = parameter.elements
             self.modules.setdefault(self.owner(name), []).append(name)
             self.users[name] = set()
-            self.whole[name] = Refilled(self.tape, "communication")
+            self.whole[name] = Refilled(self.tape, "communication", trained=name in self.leaves)
             if parameter.elements <= self.zero["stage3_param_persistence_threshold"]:
                 self.persistent.add(name)
         for first, *others in self.tied:

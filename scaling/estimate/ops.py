@@ -170,7 +170,8 @@ class Ops:
         # Nothing wants a block's last product back, and a compiled block knows it.
         spared = self.compiled and name.endswith(".down_proj")
         make = lambda: (self.new if spared else self.kept)(rows * outputs)  # noqa: E731
-        return self.result(rows * outputs, operands, saved, run, make)
+        # A function of DeepSpeed's own keeps what it has when it is done, torch's before.
+        return self.result(rows * outputs, operands, saved, run, make() if self.zero3_linear else make)
 
     def factor(self, weight: Value) -> Storage:
         """What a linear layer keeps of its weight: torch's a transposed view, so what is in it now."""

@@ -104,6 +104,11 @@ class Storage:
         """What stays alive with one who keeps not this, but what is in it now."""
         return self
 
+    @property
+    def recomputed(self) -> "Storage":
+        """What stays alive with recomputation that keeps it."""
+        return self
+
     def rename(self, category: str) -> None:
         """Be of another category, and have been so always. Not for what was resized."""
         self.category = self.tape.categories[self.born] = category
@@ -112,11 +117,12 @@ class Storage:
 class Refilled(Storage):
     """Memory that is other memory after each change of its size: ZeRO-3 gives a parameter a new tensor as its data."""
 
-    __slots__ = ("_content",)
+    __slots__ = ("_content", "_trained")
 
-    def __init__(self, tape: Tape, category: str) -> None:
+    def __init__(self, tape: Tape, category: str, *, trained: bool) -> None:
         super().__init__(tape, 0, category)
         self._content: Storage | None = None
+        self._trained = trained
 
     def resize(self, count: int) -> None:
         self._content = None
@@ -125,6 +131,11 @@ class Refilled(Storage):
     @property
     def content(self) -> Storage:
         return self._content or self
+
+    @property
+    def recomputed(self) -> Storage:
+        # torch/utils/checkpoint.py detaches what requires a gradient, and keeps a frozen parameter itself.
+        return self.content if self._trained else self
 
 
 Gradients = Sequence[Storage | None]
@@ -226,7 +237,7 @@ class Frame:
             self._saved.append(None)
             return
         index, self._next = self._next, self._next + 1
-        self._saved[index] = [storage.content for storage in saved]  # torch keeps them detached
+        self._saved[index] = [storage.recomputed for storage in saved]
         if index == self._last:
             raise Frame.Enough
 

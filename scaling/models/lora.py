@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ def adapter_inserter(lora: Lora, targets: Sequence[str]) -> Callable[[nn.Module]
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model  # only when asked for: it takes seconds
+        from peft.tuners.lora import Linear
     except ImportError as error:
         raise UserError(
             f"`lora` must be null where peft is not installed ({error}), but is set; `pip install 'scaling[lora]'`"
@@ -30,6 +32,22 @@ def adapter_inserter(lora: Lora, targets: Sequence[str]) -> Callable[[nn.Module]
         target_modules=list(targets),
         init_lora_weights=False,
     )
+
+    class AdaptedLinear(Linear):
+        """peft's layer, which reads no weight but to multiply by it.
+
+        peft's own forward looks up the type of lora_A's weight first. ZeRO-3 takes that for a use of it: gathers it
+        alone, waits, and keeps it whole until the update; in 16 bits under other backends it is cast for nothing.
+        """
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """[..., inputs] -> [..., outputs]: the layer's own result, and that of its adapter scaled."""
+            result = self.base_layer(x, *args, **kwargs)
+            for name in self.active_adapters:
+                result = result + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+            return result
+
+    config._register_custom_module({nn.Linear: AdaptedLinear})  # pyright: ignore[reportPrivateUsage]
 
     def insert(model: nn.Module) -> None:
         inject_adapter_in_model(config, model)
