@@ -339,12 +339,12 @@ class ZeRO3(Single):
     """
 
     blocks_alike = False
-    gradients_wait = False
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
     ) -> None:
-        self.steps = 2 if ops.rough else 3  # the first knows nothing of what comes; parameters last into the next
+        # The first pass knows nothing of what comes; parameters last into the next.
+        self.steps = 3 if not ops.rough else 2 if plan.accumulation == 1 else 1
         self.ranks = plan.world_size
         self.zero: dict[str, Any] = rendered["zero_optimization"]
         ops.zero3_linear = self.zero["memory_efficient_linear"]

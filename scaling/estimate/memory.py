@@ -5,18 +5,21 @@ three and of four blocks say what each moment of a deep one holds, and sizes tha
 sequence (PER_SEQUENCE) say it for every micro-batch: a line. The peak is the highest of these lines.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 from scaling.estimate.decoder import CHUNK_ELEMENTS
+from scaling.estimate.deepspeed_engines import ZeRO3
 from scaling.estimate.ops import FLOAT
 from scaling.estimate.results import MemoryEstimate
 from scaling.estimate.step import OWN, Cast, batch_sizes, play
 from scaling.estimate.tape import Tape
 from scaling.groups import Group
 from scaling.hardware import GPU
+from scaling.inventory import parameters
 from scaling.records import BatchPlan
 from scaling.render import render
 from scaling.spec.sections import Decoder, Spec, Vla, in_chunks
@@ -79,16 +82,15 @@ class MemoryModel:
         self._cuda = cuda
         self._spec, self._groups, self._rendered, self._plan, self._gpu = spec, groups, rendered, plan, gpu
         self._cast = cast
-        self._curves: dict[tuple[bool, int], _Curve] = {}
+        self._curves: dict[tuple[int, int], _Curve] = {}
         self._checkpoint_bytes = checkpoint_bytes(spec, groups)
 
     def at(self, micro_batch: int, accumulation: int) -> MemoryEstimate:
         """With so many sequences at a time, so many times a step."""
-        curve = self._curve(micro_batch, again=accumulation > 1)
-        allocated, phase, parts = curve.peak(micro_batch)
+        curve = self._curve(micro_batch, accumulation)
         batch = sum(batch_sizes(self._spec, self._plan_of(micro_batch, accumulation), cuda=self._cuda))
-        parts["activations"] = parts.get("activations", 0) + batch
-        return self._estimate(allocated + batch, phase, parts, curve.host_bytes)
+        phase, parts = curve.peak(micro_batch, batch)
+        return self._estimate(sum(parts.values()), phase, parts, curve.host_bytes)
 
     def exactly(self, plan: BatchPlan) -> MemoryEstimate:
         """Every micro-step and block of a plan, played."""
@@ -96,15 +98,26 @@ class MemoryModel:
         peak = tape.peak
         return self._estimate(peak.bytes, peak.phase, peak.parts, tape.host_bytes)
 
-    def _curve(self, micro_batch: int, *, again: bool) -> "_Curve":
-        """Played once for each way in which steps differ: with gradients from before or not, by chunks of the loss."""
-        spec = self._spec
-        chunks = self._chunks(micro_batch)
-        again = again and self._cast.engine_for(spec).gradients_wait
-        if (again, chunks) not in self._curves:
-            played = _Played(spec, self._groups, self._plan, 2 if again else 1, chunks, self._cuda, self._cast)
-            self._curves[again, chunks] = _Curve(played)
-        return self._curves[again, chunks]
+    def _curve(self, micro_batch: int, accumulation: int) -> "_Curve":
+        """Played once for each way in which steps differ: by micro-steps and by chunks of the loss."""
+        kind = self._micro_steps(accumulation), self._chunks(micro_batch)
+        if kind not in self._curves:
+            self._curves[kind] = _Curve(_Played(self._spec, self._groups, self._plan, *kind, self._cuda, self._cast))
+        return self._curves[kind]
+
+    def _micro_steps(self, accumulation: int) -> int:
+        """How many are played for so many."""
+        engine = self._cast.engine_for(self._spec)
+        if engine is ZeRO3 and accumulation == 1 and self._persistent_share < 1e-3:
+            return engine.micro_steps  # they differ in when the parameters that persist are gathered first
+        return min(accumulation, engine.micro_steps)
+
+    @cached_property
+    def _persistent_share(self) -> float:
+        """Of the model's elements, those that ZeRO-3 never cuts again."""
+        limit = self._rendered["zero_optimization"]["stage3_param_persistence_threshold"]
+        sizes = [parameter.elements for parameter in parameters(self._spec.model, self._spec.lora)]
+        return sum(size for size in sizes if size <= limit) / sum(sizes)
 
     def _chunks(self, micro_batch: int) -> int:
         """Of the loss; 3 for more."""
@@ -169,12 +182,17 @@ class _Curve:
         self._layers, self._blocks = layers, BLOCKS if grows else (layers, layers)
         self._tapes = [played.tape(count) for count in dict.fromkeys(self._blocks)]
         self.host_bytes = self._grown([tape.host_bytes for tape in self._tapes])
-        self._moments = _highest(self._all())
+        moments = list(self._all())
+        self._built = _highest(moment for moment in moments if moment.phase == "build")
+        self._moments = _highest(moment for moment in moments if moment.phase != "build")
         self._parts: dict[tuple[int, ...], list[dict[str, int]]] = {}
 
-    def peak(self, micro_batch: int) -> tuple[int, str, dict[str, int]]:
-        """Bytes, phase and parts."""
+    def peak(self, micro_batch: int, batch: int) -> tuple[str, dict[str, int]]:
+        """Phase and bytes by part; the batch, of so many bytes, is there once the model is built."""
         top = max(self._moments, key=lambda moment: moment.at(micro_batch))
+        built = max(self._built, key=lambda moment: moment.at(micro_batch))
+        if built.at(micro_batch) > top.at(micro_batch) + batch:
+            top, batch = built, 0
         if top.places not in self._parts:
             self._parts[top.places] = [tape.parts(place) for tape, place in zip(self._tapes, top.places, strict=True)]
         found = self._parts[top.places]
@@ -183,7 +201,9 @@ class _Curve:
             base, slope = _both(self._grown([part.get(category, 0) for part in found]))
             if size := base + slope * micro_batch:
                 parts[category] = size
-        return sum(parts.values()), top.phase, parts
+        if batch:
+            parts["activations"] = parts.get("activations", 0) + batch
+        return top.phase, parts
 
     def _grown(self, values: Sequence[int]) -> int:
         """From the played numbers of blocks to the real one."""
@@ -263,6 +283,9 @@ def _runs(tape: Tape) -> list[tuple[str, list[tuple[int, int]]]]:
 
 def _aligned(tracks: Sequence[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
     """Segments that belong together: where tapes differ in blocks, those as far from the start, or from the end."""
+    if len(tracks) == 1:
+        yield [(tracks[0][0][0], tracks[0][-1][1])]
+        return
     fewest = min(len(track) for track in tracks)
     if all(len(track) == fewest for track in tracks):
         yield from (list(together) for together in zip(*tracks, strict=True))
@@ -312,7 +335,7 @@ def _both(size: int) -> tuple[int, int]:
     return size - slope * PER_SEQUENCE, slope
 
 
-def _highest(moments: Iterator[_Moment]) -> list[_Moment]:
+def _highest(moments: Iterable[_Moment]) -> list[_Moment]:
     """Those that are the highest for some micro-batch: by how they begin, each steeper than all that begin higher."""
     found: list[_Moment] = []
     steepest = float("-inf")

@@ -118,6 +118,8 @@ def _no_gc() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()
+        gc.unfreeze()  # both: what is there now is old, and not looked through as soon as it may be
         if was:
             gc.enable()
 

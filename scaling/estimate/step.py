@@ -100,7 +100,7 @@ def play(
 ) -> Tape:
     """A step of rank 0 once Adam has its moments; with the kernels of a CPU, or of a GPU.
 
-    `rough` as in `Ops`: of accumulated micro-steps only two, without what the batch itself takes.
+    `rough` as in `Ops`: without what the batch itself takes.
     """
     tape = Tape()
     ops = cast.ops(tape, Shape(plan.micro_batch, plan.sequence_length, WIDTHS[spec.precision]), cuda=cuda, rough=rough)
@@ -114,10 +114,9 @@ def play(
     # Targets, scale and loss of the step; of the step before, what the optimizer was given.
     held += [Storage(tape, FLOAT, "other") for _ in range(3)] + [Storage(tape, FLOAT, "workspace") for _ in range(2)]
     loss: Value | None = None
-    micro_steps = min(plan.accumulation, 2) if rough else plan.accumulation
     for _ in range(engine.steps):
-        for index in range(micro_steps):
-            engine.begin(last=index == micro_steps - 1)
+        for index in range(plan.accumulation):
+            engine.begin(last=index == plan.accumulation - 1)
             with tape.during("forward", "activations"):
                 loss = model.forward()
             with tape.during("backward", "workspace"):

@@ -313,11 +313,13 @@ def backward(tape: Tape, root: Node, gradient: Storage) -> None:
                 continue
             part, found[index] = found[index], None
             assert part is not None
-            there = gradients.setdefault(id(edge), [])
-            if there and not edge.joins:
-                there[0] = Storage(tape, max(there[0].bytes, part.bytes))
-            else:
+            there = gradients.get(id(edge))
+            if there is None:
+                gradients[id(edge)] = [part]
+            elif edge.joins:
                 there.append(part)
+            else:
+                there[0] = Storage(tape, max(there[0].bytes, part.bytes))
             del part, there
             waiting[id(edge)] -= 1
             if not waiting[id(edge)]:
@@ -325,15 +327,17 @@ def backward(tape: Tape, root: Node, gradient: Storage) -> None:
                 heapq.heappush(ready, (first, next(order), edge))  # pyright: ignore[reportArgumentType]
 
 
-def _dependencies(root: Node) -> Counter[int]:
+def _dependencies(root: Node) -> dict[int, int]:
     """How many gradients come to each node, by its id."""
-    found: Counter[int] = Counter()
-    seen, todo = {id(root)}, [root]
+    found: dict[int, int] = {}
+    todo = [root]
     while todo:
         for edge in todo.pop().edges:
-            if edge is not None:
+            if edge is None:
+                continue
+            if id(edge) in found:
                 found[id(edge)] += 1
-                if id(edge) not in seen:
-                    seen.add(id(edge))
-                    todo.append(edge)
+            else:
+                found[id(edge)] = 1
+                todo.append(edge)
     return found

@@ -21,8 +21,8 @@ class Single:
     """After so many all steps are alike."""
     blocks_alike = True
     """Blocks do the same whatever their number: nothing is done when so many elements have come."""
-    gradients_wait = True
-    """Later micro-steps hold gradients of earlier ones beyond what the first holds."""
+    micro_steps = 2
+    """After so many, more of them change nothing: the last that is played stands for all later ones."""
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
@@ -132,6 +132,8 @@ class _InBucket(Leaf):
 
 class DDP(Single):
     """As one process, with a bucket of fp32 gradients beside each part of the model, which views of it become."""
+
+    micro_steps = 3  # the last one frees gradients of its own as buckets are filled: the one before holds all of them
 
     FIRST_BUCKET_BYTES = 2**20
     """torch.distributed._DEFAULT_FIRST_BUCKET_BYTES."""

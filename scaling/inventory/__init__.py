@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 
 from scaling.spec.sections import Decoder, Fusion, Lora, Model, Vision, Vla
@@ -75,6 +76,7 @@ def blocks(model: Model) -> tuple[str, ...]:
     return tuple(path for prefix, part in parts for path in _layers(prefix, part.num_hidden_layers))
 
 
+@cache
 def block_of(path: str) -> str | None:
     """The block that a module or parameter is, or is in; None where it is in none."""
     found = re.match(r"((vision|language|fusion)\.)?layers\.\d+(?=\.|$)", path)
