@@ -209,7 +209,7 @@ GATES = {
     ),
     "compiled": ("llama-parity", "2", "single,fsdp,zero2,zero3", ALL, ("compile=true",)),
 }  # fmt: skip
-CHECKED_GATES = ("GPT, accumulation 4", "selective checkpointing")
+CHECKED_GATES = ("selective checkpointing",)
 """The others are long."""
 LONG = pytest.mark.long
 LEARNS = ("optimizer.lr=0.003", "schedule.warmup_steps=0")

@@ -8,8 +8,8 @@ from processes import SPECS, python
 from scaling.parity import Curve, agree, compare
 
 GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
-    "GPT, accumulation 4": ("gpt-parity", "1,4", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload", ()),
-    "Llama, accumulation 1": ("llama-parity", "4", "single,ddp,fsdp,zero1,zero2,zero3", ()),
+    "GPT, accumulation 4": ("gpt-parity", "4", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload", ()),
+    "Llama, accumulation 1": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", ()),
     "bf16": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3,zero2-offload", ("precision=bf16",)),
     "shards of unequal size": (
         "gpt-parity", "3", "single,ddp,fsdp,zero1,zero3",

@@ -35,7 +35,13 @@ def rehearse(tmp_path, world_size, assignments, spec="gpt-parity", steps=2):
     return json.loads(out.read_text()), done.stdout
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "single"])
+LONG = ("fsdp-keep", "zero2")
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(one, marks=pytest.mark.long) if one in LONG else one for one in BACKENDS if one != "single"],
+)
 def test_rehearsed_memory_is_that_of_the_real_thing(tmp_path, backend):
     spec = "llama-parity" if backend in ("fsdp", "zero3") else "gpt-parity"
     out, path = tmp_path / "real.json", str(SPECS / f"{spec}.json")

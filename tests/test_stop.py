@@ -36,7 +36,11 @@ def command(launcher, folder, steps):
 @pytest.mark.fault("F2")
 @pytest.mark.parametrize(
     ("launcher", "number", "to_all"),
-    [("python", "SIGTERM", False), ("torchrun", "SIGTERM", False), ("deepspeed", "SIGINT", True)],
+    [
+        ("python", "SIGTERM", False),
+        ("deepspeed", "SIGINT", True),
+        pytest.param("torchrun", "SIGTERM", False, marks=pytest.mark.long),
+    ],
 )
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, launcher, number, to_all):
     """To the launcher alone, as a scheduler sends it, or to the whole group, as Ctrl-C does."""
