@@ -114,14 +114,9 @@ def _document(options: Namespace) -> tuple[Document, list[str]]:
         raise UserError(
             "`--model` must come with `--sequence-length N` and `--global-batch-size N`, but does not; add them"
         )
-    from scaling.estimate.models import bare_spec
-    from scaling.spec.document import assign, document_of
+    from scaling.estimate.models import bare_document
 
-    values, notes = bare_spec(options.model, *given)
-    document = document_of("the bare spec", json.dumps(values, indent=2))
-    for assignment in options.set:
-        assign(document, assignment)
-    return document, notes
+    return bare_document(options.model, *given, options.set)
 
 
 def _problem(spec: Spec, found: Found, options: Namespace) -> str | None:
@@ -520,7 +515,7 @@ def _parser() -> CommandLine:
     )
     add = parser.add_argument
     add("--spec", metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
-    add("--model", metavar="NAME|config.json", help="in place of a spec: a recipe's model, a known size, or a config")
+    add("--model", metavar="NAME|PATH", help="in place of a spec: a recipe's model, a known size, a config.json's")
     add("--sequence-length", type=positive, metavar="N", help="with --model: tokens in one sequence")
     add("--global-batch-size", type=positive, metavar="N", help="with --model: sequences of one optimizer step")
     add("--gpus", action="append", default=[], metavar="[NODESx]COUNTxNAME", help="such as 8xH100-80GB; repeatable")

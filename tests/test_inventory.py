@@ -12,6 +12,7 @@ from processes import SPECS as FILES
 from processes import python
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from scaling.estimate.flops import train_flops_per_token
 from scaling.inventory import blocks, head_dim, parameters, tied
@@ -220,6 +221,52 @@ def test_the_command_lists_every_parameter_with_its_group(tmp_path: Path) -> Non
 
 def test_json_in_place_of_the_table() -> None:
     assert json.loads(inventory("--json").stdout)["spec"] == "gpt-parity"
+
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": SMALL,
+    "llama with biases": SMALL | {"attention_bias": True, "mlp_bias": True},
+    "mistral": SMALL,
+    "qwen2": SMALL,
+    "qwen3": SMALL | {"head_dim": 16},
+    "gemma": SMALL | {"head_dim": 16},
+    "gpt2": {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hugging_face_folder_has_the_parameters_of_its_model(tmp_path: Path, family: str, tied: bool) -> None:
+    config = AutoConfig.for_model(family.split()[0], tie_word_embeddings=tied, **FAMILIES[family])
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    done = python("-m", "scaling.inventory", "--model", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    found = {row["name"]: row["shape"] for row in json.loads(done.stdout)["parameters"]}
+    real = {name.removeprefix("model."): list(parameter.shape) for name, parameter in model.named_parameters()}
+    if family == "gpt2":  # other names, and queries, keys and values in one
+        assert sum(map(math.prod, found.values())) == sum(map(math.prod, real.values()))
+    else:
+        assert found == real
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [([], "neither is"), (["gpt2-124m", "--model", "gpt2"], "both are"), (["--model", "gtp2"], "gpt2")],
+)
+def test_a_spec_or_a_model_is_named(words: list[str], told: str) -> None:
+    done = python("-m", "scaling.inventory", *words)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("words", [["--set", "model.hidden_size=33"], ["--json", "/nowhere/x.json"], ["--jason"]])

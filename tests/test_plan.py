@@ -349,7 +349,8 @@ def test_names_of_runs_are_names(tmp_path):
     folder = tmp_path / "my model!"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA))
-    assert bare_spec(str(folder / "config.json"), 8, 8)[0]["name"] == "my-model-"
+    assert bare_spec(str(folder / "config.json"), 8, 8)[0] == bare_spec(str(folder), 8, 8)[0]
+    assert bare_spec(str(folder), 8, 8)[0]["name"] == "my-model-"
     assert bare_spec("llama3.1-405b", 8, 8)[0]["name"] == "llama3.1-405b"
 
 

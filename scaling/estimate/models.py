@@ -1,4 +1,4 @@
-"""A model to plan for without a spec: a recipe's, a well-known size by name, or a Hugging Face config.json.
+"""A model without a spec: a recipe's, a well-known size by name, or a Hugging Face folder's by its config.json.
 
 The bare spec around it has synthetic data, AdamW and bf16; what is not said does not change memory or speed.
 """
@@ -6,12 +6,13 @@ The bare spec around it has synthetic data, AdamW and bf16; what is not said doe
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scaling.errors import UserError
-from scaling.spec import load_spec
+from scaling.spec import Document, load_spec
+from scaling.spec.document import assign, document_of
 from scaling.spec.source import recipes
 
 LIMIT_BYTES = 2**20
@@ -21,7 +22,10 @@ STEPS = 1000
 
 
 def bare_spec(model: str, sequence_length: int, global_batch: int) -> tuple[dict[str, Any], list[str]]:
-    """A spec as plain JSON values around `model` (a name or a path), and notes on what was left out of a config."""
+    """A spec as plain JSON values around `model` (a name or a path), and notes on what was left out of a config.
+
+    Raises UserError where `model` is neither known nor a config that the decoder covers.
+    """
     section, notes = _model(model, sequence_length)
     objective: dict[str, Any] = {}
     if section["kind"] == "vla":
@@ -39,16 +43,27 @@ def bare_spec(model: str, sequence_length: int, global_batch: int) -> tuple[dict
     }, notes
 
 
+def bare_document(
+    model: str, sequence_length: int, global_batch: int, assignments: Sequence[str]
+) -> tuple[Document, list[str]]:
+    """As `bare_spec`, as a document, with assignments ("a.b.c=VALUE") made in it."""
+    values, notes = bare_spec(model, sequence_length, global_batch)
+    document = document_of("the bare spec", json.dumps(values, indent=2))
+    for assignment in assignments:
+        assign(document, assignment)
+    return document, notes
+
+
 def _run_name(model: str) -> str:
     """A name for the run: the model's, or of a config the file's, or its folder's where that says more."""
-    path = Path(model)
-    name = model if not _is_file(model) else path.stem if path.stem != "config" else path.absolute().parent.name
+    path = _config_file(model)
+    name = model if path is None else path.stem if path.stem != "config" else path.absolute().parent.name
     return re.sub(r"[^A-Za-z0-9_.-]", "-", name).lstrip("_.-")[:100] or "model"
 
 
 def _model(name: str, sequence_length: int) -> tuple[dict[str, Any], list[str]]:
-    if _is_file(name):
-        return decoder_of_config(_read(name), sequence_length)
+    if (path := _config_file(name)) is not None:
+        return decoder_of_config(_read(path), sequence_length)
     if name in SIZES:
         return decoder_of_config(SIZES[name], sequence_length)
     if name in recipes():
@@ -56,24 +71,31 @@ def _model(name: str, sequence_length: int) -> tuple[dict[str, Any], list[str]]:
     names = [*recipes(), *SIZES]
     near = difflib.get_close_matches(name[:100].lower(), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(names)}"
-    raise UserError(f"`--model` must be a known model or the path of a config.json, but is {name[:100]!r}; {hint}")
+    raise UserError(
+        "`--model` must be a known model, or the path of a config.json or of a folder with one, but is "
+        f"{name[:100]!r}; {hint}"
+    )
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith(".json") or Path(name).is_file()
+def _config_file(name: str) -> Path | None:
+    """The config.json that `name` is the path of, or of whose folder it is."""
+    inside = Path(name, "config.json")
+    return Path(name) if name.endswith(".json") or Path(name).is_file() else inside if inside.is_file() else None
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             config = json.loads(file.read(LIMIT_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(
-            f"`--model` must be a config.json that can be read, but {path[:200]} is not: {reason}"
+            f"`--model` must be a config.json that can be read, but {str(path)[:200]} is not: {reason}"
         ) from None
     if not isinstance(config, dict):
-        raise UserError(f"`--model` must be a JSON object, but {path[:200]} holds another value; name a config.json")
+        raise UserError(
+            f"`--model` must be a JSON object, but {str(path)[:200]} holds another value; name a config.json"
+        )
     return config
 
 

@@ -1,18 +1,20 @@
-"""`python -m scaling.inventory SPEC`: every parameter of a spec's model, without torch.
+"""`python -m scaling.inventory SPEC` or `--model NAME|PATH`: every parameter of a model, without torch.
 
 Name, shape, elements, bytes in fp32 (as masters and checkpoints hold them) and the group that it is in.
 """
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scaling.errors import CommandLine, UserError, run_command
+from scaling.estimate.models import bare_document
 from scaling.groups import Group, group_of, resolve_groups
 from scaling.inventory import Parameter, parameters
-from scaling.spec import Spec, parse_spec, placed, read_document
+from scaling.spec import Document, Spec, parse_spec, placed, read_document
 from scaling.units import format_bytes, format_count
 from scaling.view import Sheet, print_sheet
 
@@ -24,7 +26,7 @@ FP32 = 4
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    document = read_document(options.spec, options.set)
+    document, notes = _document(options)
     spec = parse_spec(document)
     found = parameters(spec.model, spec.lora)
     try:
@@ -32,12 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         raise placed(error, document) from None
     if options.json != "-":
+        for note in notes:
+            print(note)
         print_sheet(_parameters_sheet(spec, found, groups))
         print()
         print_sheet(_groups_sheet(groups))
     if options.json:
         _write(options.json, json.dumps(inventory_report(spec, found, groups), indent=1))
     return 0
+
+
+def _document(options: Namespace) -> tuple[Document, list[str]]:
+    if (options.spec is None) == (options.model is None):
+        what = "neither is" if options.spec is None else "both are"
+        raise UserError(f"exactly one of `SPEC` and `--model` must be given, but {what}; give one")
+    if options.spec is not None:
+        return read_document(options.spec, options.set), []
+    return bare_document(options.model, 1, 1, options.set)  # neither length nor batch changes a parameter
 
 
 def inventory_report(spec: Spec, found: Sequence[Parameter], groups: Sequence[Group]) -> dict[str, Any]:
@@ -119,7 +132,10 @@ def _write(path: str, text: str) -> None:
 
 def _parser() -> CommandLine:
     parser = CommandLine(prog="python -m scaling.inventory", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("spec", metavar="SPEC", help="a spec.json, a recipe's name, or - for stdin")
+    parser.add_argument("spec", metavar="SPEC", nargs="?", help="a spec.json, a recipe's name, or - for stdin")
+    parser.add_argument(
+        "--model", metavar="NAME|PATH", help="in place of a spec: a recipe's model, a known size, a config.json's"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field; repeatable")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="as JSON, in FILE or in place of the table"
