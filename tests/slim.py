@@ -8,7 +8,6 @@ code 1 at the first failure.
 """
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,29 +18,27 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "scaling")
 ABSENT = ("torch", "numpy", "deepspeed", "tokenizers", "transformers")
-REPEATS = 5
-
-COMMANDS: dict[str, float | None] = {
-    "scaling.spec schema": None,
-    "scaling.spec validate gpt2-124m": 0.4,
-    "scaling.render gpt2-124m --world-size 8": 0.4,
-    "scaling.inventory gpt2-124m": 0.4,
-    "scaling.plan --spec gpt2-124m --gpus 8xH100-80GB --as-written": 0.4,
-    # 720 sequences a rank can be cut in 30 ways: 990 candidates.
-    'scaling.plan --spec llama-8b --gpus 8xH100-80GB --set batch={"global_batch_size":5760,"micro_batch_size":1}': 1.5,
-}
-"""What must run, and the seconds of processor time, process start included, that it may take; the best of REPEATS
-counts."""
+COMMANDS = (
+    "scaling.spec schema",
+    "scaling.spec validate gpt2-124m",
+    "scaling.render gpt2-124m --world-size 8",
+    "scaling.inventory gpt2-124m",
+    "scaling.plan --spec gpt2-124m --gpus 8xH100-80GB --as-written",
+    "scaling.plan --spec llama-8b --gpus 8xH100-80GB",
+)
+"""What must run; how fast is for benchmarks/plan_speed.py to say."""
 
 
 def main() -> int:
-    """Install, look, run, time; returns the exit code."""
+    """Install, look, run; returns the exit code."""
     with tempfile.TemporaryDirectory(prefix="scaling-slim-") as name:
         folder = Path(name)
         python = install(folder)
         check_installed(python, folder)
-        for command, limit_s in COMMANDS.items():
-            check_command(python, folder, command, limit_s)
+        for command in COMMANDS:
+            output = run([str(python), "-m", *command.split()], folder)
+            require(bool(output.strip()), f"`{command}` must print something, but printed nothing")
+            print(f"runs: {command}", flush=True)
     return 0
 
 
@@ -79,25 +76,6 @@ def check_installed(python: Path, folder: Path) -> None:
     data = [path.relative_to(CHECKOUT) for path in files]
     missing = [str(path) for path in data if not (package.parent / path).is_file()]
     require(bool(data) and not missing, f"the wheel must hold all of {len(data)} data files, but lacks {missing}")
-
-
-def check_command(python: Path, folder: Path, command: str, limit_s: float | None) -> None:
-    """`python -m command` ends with 0 and prints something, in time if it is to be quick."""
-    seconds: list[float] = []
-    for _ in range(REPEATS if limit_s else 1):
-        began = _processor_s()
-        output = run([str(python), "-m", *command.split()], folder)
-        seconds.append(_processor_s() - began)
-        require(bool(output.strip()), f"`{command}` must print something, but printed nothing")
-    print(f"{command}: {min(seconds):.2f} s, the best of {len(seconds)}", flush=True)
-    if limit_s:
-        require(min(seconds) < limit_s, f"`{command}` must answer within {limit_s} s, but takes {min(seconds):.2f} s")
-
-
-def _processor_s() -> float:
-    """Processor time of all that was run: on a machine that does nothing else, how long it took."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def run(command: list[str], folder: Path) -> str:

@@ -1,11 +1,13 @@
 """The search: every candidate is the spec run differently, none of them another training; ranks, fronts and reasons."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rough import RoughMemory, rough  # noqa: F401 - a fixture
 
 from scaling.errors import UserError
+from scaling.estimate import workers
 from scaling.estimate.remedies import grown, nothing_fits
 from scaling.estimate.search import MOST_MICRO, first_fit, flags, search
 from scaling.hardware import parse_gpus
@@ -81,11 +83,18 @@ def test_what_is_tried_on_one_gpu():
     assert {c.spec.activation_checkpointing for c in found.candidates} == {"none", "selective", "full"}
 
 
-def test_one_memory_model_for_each_structure():
+def test_one_memory_model_for_each_structure(monkeypatch):
+    monkeypatch.setattr(workers, "MOST_WORKERS", 1)  # counted in this process
     found = search(loaded(), parse_gpus("8xH100-80GB"))
     structures = {(repr(c.spec.backend), c.spec.activation_checkpointing) for c in found.candidates}
     assert RoughMemory.made == len(structures) + 1  # and one for the spec as written
     assert len(found.candidates) == len(structures) * len({1, 2, 3, 4, 6, 12})
+
+
+def test_workers_find_what_one_process_does(monkeypatch):
+    several = search(loaded(), EIGHT)
+    monkeypatch.setattr(workers, "MOST_WORKERS", 1)
+    assert replace(several, seconds=0.0) == replace(search(loaded(), EIGHT), seconds=0.0)
 
 
 def test_illegal_micro_batches_are_rejected_with_the_sum():

@@ -19,6 +19,7 @@ from scaling.errors import UserError
 from scaling.estimate.memory import MemoryModel
 from scaling.estimate.results import MemoryEstimate, TimeEstimate
 from scaling.estimate.time import estimate_time
+from scaling.estimate.workers import mapped
 from scaling.groups import Group, resolve_groups
 from scaling.hardware import Cluster
 from scaling.inventory import parameters
@@ -134,11 +135,14 @@ def _search(spec: Spec, cluster: Cluster, margin: float, *, only_as_written: boo
     if not only_as_written:
         micros = [one for one in range(1, min(per_rank, MOST_MICRO) + 1) if per_rank % one == 0]
         batches = {micro: _batch(spec, micro, per_rank) for micro in micros}
-        for structure, changes in _structures(spec, cluster, rejected):
-            try:
-                found += _estimated(structure, changes, batches, cluster, groups, usable)
-            except UserError as error:
-                rejected.append(Rejected(changes, str(error)))
+        structures = list(_structures(spec, cluster, rejected))
+        estimates = mapped(_all_estimates, [structure for structure, _ in structures], (batches, cluster, groups))
+        for (structure, changes), estimated in zip(structures, estimates, strict=True):
+            if isinstance(estimated, str):
+                rejected.append(Rejected(changes, estimated))
+                continue
+            pairs = zip(batches.values(), estimated, strict=True)
+            found += [_candidate(structure, changes, batch, estimate, usable) for batch, estimate in pairs]
         rejected += _illegal(spec, per_rank)
     ranked = sorted(found, key=_rank)
     fastest = ranked[0] if ranked and ranked[0].fits is not False else None
@@ -313,17 +317,49 @@ def _estimated(
     usable: int | None,
 ) -> Iterator[Candidate]:
     """The candidates of one structure, one for each micro-batch."""
+    estimates = _estimates(structure, (batches, cluster, groups))
+    for batch, estimate in zip(batches.values(), estimates, strict=True):
+        yield _candidate(structure, changes, batch, estimate, usable)
+
+
+Estimate = tuple[BatchPlan, MemoryEstimate, TimeEstimate]
+Shared = tuple[dict[int, Batch], Cluster, tuple[Group, ...]]
+"""Batches by micro-batch, the machine, the groups."""
+
+
+def _estimates(structure: Spec, shared: Shared) -> Iterator[Estimate]:
+    batches, cluster, groups = shared
     model: MemoryModel | None = None
     for batch in batches.values():
-        spec = structure.model_copy(update={"batch": batch})  # both parts are valid, and no rule joins them
+        spec = _with_batch(structure, batch)
         plan = resolve_batch(spec, cluster.world_size)
         rendered = render(spec, cluster.world_size)
         if model is None:
             model = MemoryModel(spec, groups, rendered, plan, cluster.gpu, cuda=not cluster.gpu.is_cpu)
         memory = model.at(plan.micro_batch, plan.accumulation)
-        duration = estimate_time(spec, plan, groups, rendered, cluster)
-        fits = None if usable is None else memory.high_bytes <= usable
-        yield Candidate(spec, plan, memory, duration, fits, changes | _batch_changes(structure.batch, batch))
+        yield plan, memory, estimate_time(spec, plan, groups, rendered, cluster)
+
+
+def _all_estimates(structure: Spec, shared: Shared) -> list[Estimate] | str:
+    """One for each micro-batch, or why there are none."""
+    try:
+        return list(_estimates(structure, shared))
+    except UserError as error:
+        return str(error)
+
+
+def _candidate(
+    structure: Spec, changes: dict[str, Any], batch: Batch, estimate: Estimate, usable: int | None
+) -> Candidate:
+    plan, memory, duration = estimate
+    fits = None if usable is None else memory.high_bytes <= usable
+    spec = _with_batch(structure, batch)
+    return Candidate(spec, plan, memory, duration, fits, changes | _batch_changes(structure.batch, batch))
+
+
+def _with_batch(structure: Spec, batch: Batch) -> Spec:
+    """Both parts are valid, and no rule joins them."""
+    return structure.model_copy(update={"batch": batch})
 
 
 def _batch_changes(before: Batch, after: Batch) -> dict[str, Any]:
