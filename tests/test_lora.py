@@ -448,6 +448,7 @@ def rows(tmp_path_factory) -> list[dict[str, Any]]:
     return list(compare(list(draw(len(CHECKED), 5, list(CHECKED), tmp_path_factory.mktemp("drawn"), lora=1.0))))
 
 
+@pytest.mark.long  # in CI: what draws have found (test_ledger.py)
 @pytest.mark.parametrize("backend", CHECKED)
 def test_the_played_peak_is_the_counted_one(rows: list[dict[str, Any]], backend: str) -> None:
     (row,) = (row for row in rows if row["name"].split()[1] == backend)

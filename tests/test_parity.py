@@ -8,14 +8,16 @@ from processes import SPECS, python
 from scaling.parity import Curve, agree, compare
 
 GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
-    "GPT, accumulation 4": ("gpt-parity", "4", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero2-offload", ()),
+    "GPT, accumulation 4": ("gpt-parity", "4", "single,fsdp,hsdp,zero2,zero3", ()),
+    "GPT, accumulation 4, the others": ("gpt-parity", "4", "single,ddp,zero1,zero2-offload", ()),
     "Llama, accumulation 1": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", ()),
     "bf16": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3,zero2-offload", ("precision=bf16",)),
     "shards of unequal size": (
         "gpt-parity", "3", "single,ddp,fsdp,zero1,zero3",
         ("model.vocab_size=509", 'batch={"global_batch_size": 12, "gradient_accumulation_steps": 2}'),
     ),
-    "vision, language and actions": ("vla-parity", "2", "single,ddp,fsdp,hsdp,zero1,zero2,zero3,zero3-offload", ()),
+    "vision, language and actions": ("vla-parity", "2", "single,ddp,fsdp,zero1,zero3", ()),
+    "vision, language and actions, the others": ("vla-parity", "2", "single,hsdp,zero2,zero3-offload", ()),
     "flow matching in bf16, checkpointed": (
         "vla-parity", "2", "single,fsdp,zero1,zero3",
         ("precision=bf16", "objective.loss=flow_matching", "model.action.head=velocity",
@@ -25,7 +27,8 @@ GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
         "gpt-parity", "2", "single,fsdp,fsdp-offload,zero3,zero3-hpz,zero3-offload",
         ('activation_checkpointing="selective"',)
     ),
-    "compiled": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", ("compile=true",)),
+    "compiled": ("llama-parity", "2", "single,fsdp,zero3", ("compile=true",)),
+    "compiled, the others": ("llama-parity", "2", "single,ddp,zero1,zero2", ("compile=true",)),
     "full checkpointing, plain loss, clipping off": (
         "gpt-parity", "2", "single,ddp,fsdp-keep,zero1-offload",
         ('activation_checkpointing="full"', "objective.cross_entropy=plain", "max_grad_norm=null"),
@@ -33,7 +36,10 @@ GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
 }  # fmt: skip
 
 
-LONG = ("flow matching in bf16, checkpointed", "full checkpointing, plain loss, clipping off")
+LONG = (
+    *("flow matching in bf16, checkpointed", "full checkpointing, plain loss, clipping off"),
+    *(name for name in GATES if name.endswith("the others")),
+)
 
 
 @pytest.mark.parametrize("gate", [pytest.param(one, marks=pytest.mark.long) if one in LONG else one for one in GATES])
