@@ -48,6 +48,8 @@ def main() -> int:
     options = _parser().parse_args()
     if options.worker:
         return _work(options)
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         results = [_launch(options, mode, Path(folder)) for mode in ("write", "train")]
     report = {**results[0], **results[1]}

@@ -9,7 +9,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -140,9 +140,8 @@ def _search(spec: Spec, cluster: Cluster, margin: float, *, only_as_written: boo
         for (structure, changes), estimated in zip(structures, estimates, strict=True):
             if isinstance(estimated, str):
                 rejected.append(Rejected(changes, estimated))
-                continue
-            pairs = zip(batches.values(), estimated, strict=True)
-            found += [_candidate(structure, changes, batch, estimate, usable) for batch, estimate in pairs]
+            else:
+                found += _candidates(structure, changes, batches, estimated, usable)
         rejected += _illegal(spec, per_rank)
     ranked = sorted(found, key=_rank)
     fastest = ranked[0] if ranked and ranked[0].fits is not False else None
@@ -177,7 +176,8 @@ def first_fit(spec: Spec, cluster: Cluster, margin: float) -> Candidate | None:
     batches = {1: _batch(spec, 1, sequences_per_rank(spec, cluster.world_size))}
     for structure, changes in _structures(spec, cluster, [], CHECKPOINTING[-1:]):
         with suppress(UserError):  # what cannot be estimated is no help either
-            candidate = next(_estimated(structure, changes, batches, cluster, groups, usable))
+            estimates = _estimates(structure, (batches, cluster, groups))
+            candidate = next(_candidates(structure, changes, batches, estimates, usable))
             if candidate.fits:
                 return candidate
     return None
@@ -303,23 +303,10 @@ def _as_written(
         return None, []
     try:
         plan = resolve_batch(spec, cluster.world_size)
-        return next(_estimated(spec, {}, {plan.micro_batch: spec.batch}, cluster, groups, usable)), []
+        batches = {plan.micro_batch: spec.batch}
+        return next(_candidates(spec, {}, batches, _estimates(spec, (batches, cluster, groups)), usable)), []
     except UserError as error:
         return None, [Rejected({}, str(error))]
-
-
-def _estimated(
-    structure: Spec,
-    changes: dict[str, Any],
-    batches: dict[int, Batch],
-    cluster: Cluster,
-    groups: tuple[Group, ...],
-    usable: int | None,
-) -> Iterator[Candidate]:
-    """The candidates of one structure, one for each micro-batch."""
-    estimates = _estimates(structure, (batches, cluster, groups))
-    for batch, estimate in zip(batches.values(), estimates, strict=True):
-        yield _candidate(structure, changes, batch, estimate, usable)
 
 
 Estimate = tuple[BatchPlan, MemoryEstimate, TimeEstimate]
@@ -348,13 +335,18 @@ def _all_estimates(structure: Spec, shared: Shared) -> list[Estimate] | str:
         return str(error)
 
 
-def _candidate(
-    structure: Spec, changes: dict[str, Any], batch: Batch, estimate: Estimate, usable: int | None
-) -> Candidate:
-    plan, memory, duration = estimate
-    fits = None if usable is None else memory.high_bytes <= usable
-    spec = _with_batch(structure, batch)
-    return Candidate(spec, plan, memory, duration, fits, changes | _batch_changes(structure.batch, batch))
+def _candidates(
+    structure: Spec,
+    changes: dict[str, Any],
+    batches: dict[int, Batch],
+    estimates: Iterable[Estimate],
+    usable: int | None,
+) -> Iterator[Candidate]:
+    """Of one structure, one for each micro-batch."""
+    for batch, (plan, memory, duration) in zip(batches.values(), estimates, strict=True):
+        fits = None if usable is None else memory.high_bytes <= usable
+        spec = _with_batch(structure, batch)
+        yield Candidate(spec, plan, memory, duration, fits, changes | _batch_changes(structure.batch, batch))
 
 
 def _with_batch(structure: Spec, batch: Batch) -> Spec:
