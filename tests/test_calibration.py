@@ -6,9 +6,12 @@ import pytest
 from processes import ROOT
 
 from benchmarks.calibration import read_rows, rows_of, table, write_rows
-from benchmarks.calibration.__main__ import RESULTS, ROWS
+from benchmarks.calibration.__main__ import MATRIX, RESULTS, ROWS
 from benchmarks.published import FITTED_ON
+from scaling import parity
 from scaling.errors import UserError
+from scaling.run import resolve
+from scaling.spec import load_spec
 
 
 def run_folder(tmp_path, *, peaks, seconds, predicted_seconds):
@@ -93,3 +96,9 @@ def test_the_rows_of_this_repository_stand():
 def test_what_is_no_source_is_told(name):
     with pytest.raises(UserError, match="a source must be"):
         rows_of(ROOT / name)
+
+
+@pytest.mark.parametrize(("recipe", "backend", "ranks", "mode"), MATRIX)
+def test_every_cell_of_the_matrix_can_be_run(recipe: str, backend: str, ranks: int, mode: str) -> None:
+    settings = [f"backend={json.dumps(parity.BACKENDS[backend])}", f"activation_checkpointing={mode}"]
+    assert resolve(load_spec(recipe, settings), ranks).plan.world_size == ranks

@@ -27,7 +27,7 @@ NAMES = ("ddp", "fsdp", "fsdp-keep", "hsdp", "zero1", "zero2", "zero3")
 MATRIX: list[tuple[str, str, int, str]] = [
     # recipe, backend, ranks, checkpointing
     *[("gpt2-124m", name, 8, mode) for name in NAMES for mode in ("none", "full")],
-    *[("gpt2-124m", name, 64, "selective") for name in ("fsdp", "zero2")],
+    *[("gpt2-124m", name, 32, "selective") for name in ("fsdp", "zero2")],
     *[("llama-8b", "fsdp", 8, mode) for mode in ("none", "selective", "full")],
     *[("llama-8b", name, 8, "full") for name in ("zero1", "zero2", "zero3")],
 ]
