@@ -30,7 +30,7 @@ from scaling.checkpoint.store import free_bytes, sync_folder, write_synced
 from scaling.data.progress import progress_in_bytes
 from scaling.errors import CheckpointError, CommandLine, StorageError, positive, run_command
 from scaling.inventory import parameters
-from scaling.spec.sections import Model, Vla
+from scaling.spec.sections import Decoder, Model
 from scaling.units import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong command line is refused before
@@ -149,7 +149,7 @@ def _write_all(weights: "CheckpointWeights", folder: Path, dtype: str, shard_byt
         source = MergedWeights(weights, weights.lora) if merged else BaseWeights(weights)
     files = _write_tensors(source, stored, folder, dtype, shard_bytes)
     end_of_text, notes = _copy_tokenizer(weights.spec, folder)
-    if model_type is None or isinstance(model, Vla):
+    if model_type is None or not isinstance(model, Decoder):
         document = {"format_version": 1, "model": model.model_dump(mode="json")}
         _write_json(folder / OWN_CONFIG, document)
     else:

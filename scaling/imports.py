@@ -22,6 +22,18 @@ def allowed_package(text: str) -> str:
     return text
 
 
+def add_allow_import(parser: argparse.ArgumentParser) -> None:
+    """The option --allow-import, as `allow_import`."""
+    parser.add_argument(
+        "--allow-import",
+        action="append",
+        default=[],
+        type=allowed_package,
+        metavar="PACKAGE",
+        help="let the spec import from this package, whose code then runs; repeatable",
+    )
+
+
 def check_allowed(target: str, allowed: Sequence[str], field: str = "target") -> None:
     """UserError unless `target` ("package.module:function") is in one of the packages `allowed`; imports nothing.
 

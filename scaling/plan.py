@@ -32,6 +32,7 @@ from scaling.estimate.report import PHASES, report
 from scaling.estimate.search import MARGIN, Candidate, Found, flags, known, search
 from scaling.groups import Group
 from scaling.hardware import GPU, GPUS, Cluster, load_hardware, parse_gpus
+from scaling.imports import add_allow_import
 from scaling.inventory import sample_length
 from scaling.render import render
 from scaling.spec import Document, Spec, parse_spec, placed, read_document
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise placed(error, document) from None
     if options.as_written:
         _check_written(results)
-    traces = _traces(spec, clusters, document) if options.trace else [None] * len(clusters)
+    traces = _traces(spec, clusters, document, options.allow_import) if options.trace else [None] * len(clusters)
     if not quiet:
         for note in notes:
             print(note)
@@ -135,13 +136,15 @@ def _problem(spec: Spec, found: Found, options: Namespace) -> str | None:
     return nothing_fits(spec, found, options.margin)
 
 
-def _traces(spec: Spec, clusters: Sequence[Cluster], document: Document) -> list[dict[str, Any] | None]:
+def _traces(
+    spec: Spec, clusters: Sequence[Cluster], document: Document, allow_import: Sequence[str]
+) -> list[dict[str, Any] | None]:
     """The spec as it stands, traced once for each number of ranks."""
     from scaling.trace import trace
 
     sizes = dict.fromkeys(cluster.world_size for cluster in clusters)
     try:
-        found = {world_size: trace(spec, world_size) for world_size in sizes}
+        found = {world_size: trace(spec, world_size, allow_import) for world_size in sizes}
     except UserError as error:
         raise placed(error, document) from None
     return [found[cluster.world_size] for cluster in clusters]
@@ -537,6 +540,7 @@ def _parser() -> CommandLine:
     add("--write", metavar="FILE", help="the spec with the settings of the best candidate")
     add("--usd-per-gpu-hour", type=_price, metavar="USD", help="adds costs, and a table over numbers of GPUs")
     add("--gpu-counts", type=_numbers, metavar="N,N,…", help="numbers of GPUs of that table (default 1, 4, 8, 16, …)")
+    add_allow_import(parser)
     return parser
 
 

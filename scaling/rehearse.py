@@ -27,17 +27,18 @@ from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_com
 from scaling.estimate.memory import MemoryModel
 from scaling.estimate.report import memory_report
 from scaling.hardware import gpu_from_device_name
-from scaling.inventory import CHANNELS
+from scaling.imports import add_allow_import
+from scaling.inventory import CHANNELS, inventory_of
 from scaling.run import Job, device_name, resolve
 from scaling.run_folder import environment
 from scaling.spec import Spec, load_spec
-from scaling.spec.sections import Decoder
+from scaling.spec.sections import Decoder, Recorded, Vla
 from scaling.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from scaling.data.dataset import Samples
+    from scaling.data.dataset import MicroBatch, Samples
     from scaling.engine.process import Process
     from scaling.engine.protocol import Engine
     from scaling.profile.meter import MemoryMeter
@@ -47,13 +48,14 @@ def main() -> int:
     options = _parser().parse_args()
     if options.matrix:
         report = []
-        for report_of_one in rehearse_all(_cells(options.matrix), options.steps):
+        for report_of_one in rehearse_all(_cells(options.matrix), options.steps, allow_import=options.allow_import):
             print(_line(report_of_one), flush=True)
             report.append(report_of_one)
     else:
         if not options.spec or not options.world_size:
             raise UserError("`--spec` and `--world-size` must be given, but are not; give them, or `--matrix`")
-        report = rehearse(resolve(load_spec(options.spec, options.set), options.world_size), options.steps)
+        job = resolve(load_spec(options.spec, options.set), options.world_size, options.allow_import)
+        report = rehearse(job, options.steps)
         for line in lines(report):
             print(line)
     if options.json:
@@ -62,7 +64,7 @@ def main() -> int:
 
 
 def rehearse_all(
-    cells: Iterable[dict[str, Any]], steps: int, *, preload: Sequence[str] = ()
+    cells: Iterable[dict[str, Any]], steps: int, *, preload: Sequence[str] = (), allow_import: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Rehearse each cell ("spec", "world_size", "set", "steps") in a process of its own; its report, or "error".
 
@@ -70,14 +72,14 @@ def rehearse_all(
     """
     for cell in cells:
         try:
-            found = apart(_rehearse_cell, cell, steps, preload=preload)
+            found = apart(_rehearse_cell, cell, steps, allow_import, preload=preload)
         except (UserError, ChildProcessError) as error:
             found = {"error": str(error)}
         yield {"cell": cell, **found}
 
 
-def _rehearse_cell(cell: dict[str, Any], steps: int) -> dict[str, Any]:
-    job = resolve(load_spec(cell["spec"], cell.get("set", [])), cell["world_size"])
+def _rehearse_cell(cell: dict[str, Any], steps: int, allow_import: Sequence[str]) -> dict[str, Any]:
+    job = resolve(load_spec(cell["spec"], cell.get("set", [])), cell["world_size"], allow_import)
     return rehearse(job, cell.get("steps", steps))
 
 
@@ -224,14 +226,14 @@ def take_steps(
     from scaling.objectives import build_objective
 
     spec = job.spec
-    objective = build_objective(spec.objective, job.allow_import)
-    recipe = model_recipe(spec)
+    objective = build_objective(spec.objective, job.allow_import, from_logits=isinstance(spec.model, Recorded))
+    recipe = model_recipe(spec, job.allow_import)
     with meter.phase("build"):
         engine = build_engine(spec, job.rendered, recipe, job.groups, process)
         with meter.category("optimizer"), engine.loading(engine.counters()):
             pass
     seconds: list[float] = []
-    with contextlib.closing(engine), _no_gc():
+    with contextlib.closing(engine), no_gc():
         _label_state(engine, meter)
         engine.module.train()
         for _ in range(steps):
@@ -247,7 +249,7 @@ def take_steps(
 
 
 @contextlib.contextmanager
-def _no_gc() -> Iterator[None]:
+def no_gc() -> Iterator[None]:
     """Collections at random moments would free tensors in reference cycles now here, now there."""
     gc.disable()
     try:
@@ -300,16 +302,26 @@ def _micro_batches(job: Job, meter: "MemoryMeter") -> "list[Samples]":
         return [_made_up(job.spec, job.plan.micro_batch) for _ in range(job.plan.accumulation)]
 
 
+def made_up_tokens(words: int, count: int, length: int) -> "MicroBatch":
+    """So many random sequences of text."""
+    import torch
+
+    from scaling.data.dataset import MicroBatch
+
+    inputs, targets = (torch.randint(words, (count, length)) for _ in range(2))
+    return MicroBatch(inputs, targets)
+
+
 def _made_up(spec: Spec, count: int) -> "Samples":
     """So many random samples of the shapes that `spec` says."""
     import torch
 
-    from scaling.data.dataset import ActionBatch, MicroBatch
+    from scaling.data.dataset import ActionBatch
 
     model, length = spec.model, spec.data.sequence_length
-    if isinstance(model, Decoder):
-        inputs, targets = (torch.randint(model.vocab_size, (count, length)) for _ in range(2))
-        return MicroBatch(inputs, targets)
+    if not isinstance(model, Vla):
+        words = model.vocab_size if isinstance(model, Decoder) else inventory_of(model).vocab_size
+        return made_up_tokens(words, count, length)
     vision, action = model.vision, model.action
     size = (count, vision.views, vision.image_size, vision.image_size, CHANNELS)
     return ActionBatch(
@@ -330,6 +342,7 @@ def _parser() -> CommandLine:
     parser.add_argument("--steps", type=positive, default=3, help="optimizer steps (default 3); two of them warm up")
     parser.add_argument("--matrix", metavar="FILE", help="rehearse all that this JSON file lists")
     parser.add_argument("--json", metavar="FILE", help="write what was found there")
+    add_allow_import(parser)
     return parser
 
 

@@ -21,7 +21,7 @@ from scaling.render import render
 from scaling.run_folder import CHECKPOINTS, METRICS, count_start, versions
 from scaling.schedule import check_schedule, lr_scale
 from scaling.spec import Spec
-from scaling.spec.sections import Factory
+from scaling.spec.sections import Factory, FactoryModel, Recorded
 from scaling.watch.heartbeat import Heartbeat
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
@@ -65,8 +65,9 @@ class Resume:
 
 def resolve(spec: Spec, world_size: int, allow_import: Sequence[str] = ()) -> Job:
     """Everything that follows from a spec and a number of ranks alone. Raises UserError; needs no torch."""
-    if isinstance(spec.objective, Factory):
-        check_allowed(spec.objective.target, allow_import, "objective.target")
+    for section, part in (("model", spec.model), ("objective", spec.objective)):
+        if isinstance(part, FactoryModel | Factory):
+            check_allowed(part.target, allow_import, f"{section}.target")
     plan = resolve_batch(spec, world_size)
     scale = lr_scale(spec.lr_scaling, world_size=world_size, global_batch=plan.global_batch)
     groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora), lr_scale=scale)
@@ -89,12 +90,17 @@ def run(
     Returns the number of steps done. Without `resume` nothing is read or saved; `heartbeat` hears where in the run it
     is. Raises UserError and its kin, and torch's OutOfMemoryError.
     """
+    spec = job.spec
+    if isinstance(spec.model, Recorded):
+        raise UserError(
+            f'`model.kind` must be "decoder" or "vla" to be trained, but is "{spec.model.kind}", which can be planned '
+            "and rehearsed so far; write it as a decoder"
+        )
     from scaling.data.build import build_datasets
     from scaling.engine.build import build_engine
     from scaling.models.build import model_recipe
     from scaling.objectives import build_objective
 
-    spec = job.spec
     objective = build_objective(spec.objective, job.allow_import)
     dataset, held_out = build_datasets(spec)
     max_steps = _number_of_steps(spec, job.plan, len(dataset))

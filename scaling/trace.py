@@ -12,7 +12,7 @@ import io
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scaling.errors import UserError
@@ -35,14 +35,14 @@ REAL_BYTES = 2 * GiB
 """The most that is traced with real tensors, where fake ones cannot be."""
 
 
-def trace(spec: Spec, world_size: int) -> dict[str, Any]:
+def trace(spec: Spec, world_size: int, allow_import: Sequence[str] = ()) -> dict[str, Any]:
     """The memory of rank 0 of so many, traced in a process of its own, beside the ledger's: plain JSON values.
 
     "memory" has the keys of an estimate's, with None for what a trace does not see; "predicted" is the ledger's for the
     same kernels. Raises UserError.
     """
     # Compiled code takes no fake tensors.
-    job = resolve(spec.model_copy(update={"compile": False}), world_size)
+    job = resolve(spec.model_copy(update={"compile": False}), world_size, allow_import)
     backend = job.rendered.get("zero_optimization", {})
     on_nvme = [part for part in ("offload_optimizer", "offload_param") if _place(backend, part) == "nvme"]
     _check_installed(job)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from scaling.checkpoint.compare import ORDER
 from scaling.errors import CommandLine, DoesNotFit, RankDied, Stopped, UserError, positive, run_command
 from scaling.groups import empty_groups
-from scaling.imports import allowed_package
+from scaling.imports import add_allow_import
 from scaling.redact import redacted
 from scaling.run import Job, Resume, device_name, resolve, run
 from scaling.run_folder import LogFormatter, RunLock, environment, log_to, open_run_folder, write_exit, write_json
@@ -194,14 +194,7 @@ def _parser() -> CommandLine:
     )
     parser.add_argument("--stop-after", type=positive, metavar="STEP", help="save after this step and end")
     parser.add_argument("--dry-run", action="store_true", help="validate, build, take one step, write nothing")
-    parser.add_argument(
-        "--allow-import",
-        action="append",
-        default=[],
-        type=allowed_package,
-        metavar="PACKAGE",
-        help="let the spec import from this package, whose code then runs; repeatable",
-    )
+    add_allow_import(parser)
     parser.add_argument("--local_rank", "--local-rank", help=SUPPRESS)  # DeepSpeed's launcher passes it
     return parser
 

@@ -68,6 +68,13 @@ _VLA: Spec = {
 }
 """A model of another kind, with what goes with it."""
 
+_RECORDED: Spec = {"data": {"kind": "synthetic", "sequence_length": 64}, "param_groups": SMALL["param_groups"][1:]}
+_FACTORY: Spec = _RECORDED | {
+    "model": {"kind": "factory", "target": "my_code.models:build", "arguments": {"layers": 2}, "inventory": "own.json"}
+}
+_HUGGINGFACE: Spec = _RECORDED | {"model": {"kind": "huggingface", "path": "model", "inventory": "model.json"}}
+"""Models whose parts are in a file."""
+
 _VARIANTS: dict[str, list[Any]] = {
     "lora": [None, {"rank": 4, "alpha": 8.0, "dropout": 0.1, "target_modules": ["q_proj"]}],
     "objective": [
@@ -113,7 +120,8 @@ def maximal_specs() -> list[Spec]:
     for index in range(max(map(len, _VARIANTS.values()))):
         chosen = {section: kinds[index % len(kinds)] for section, kinds in _VARIANTS.items()}
         found.append(Validated.model_validate_json(json.dumps(SMALL | chosen)).to_json())
-    found.append(Validated.model_validate_json(json.dumps(SMALL | _VLA)).to_json())
+    for other in (_VLA, _FACTORY, _HUGGINGFACE):
+        found.append(Validated.model_validate_json(json.dumps(SMALL | other)).to_json())
     return found
 
 

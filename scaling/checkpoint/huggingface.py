@@ -51,7 +51,7 @@ _BUFFERS = re.compile(r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.se
 def layout(model: Model, names: Names) -> tuple[Stored, ...] | None:
     """The tensors of `model` under these names, in order; None where it has parts that the names have no word for."""
     if names == "gpt2":
-        return None if isinstance(model, Vla) else _gpt2_layout(model)
+        return _gpt2_layout(model) if isinstance(model, Decoder) else None
     return tuple(
         Stored(p.name if names == "own" or p.name == "lm_head.weight" else f"model.{p.name}", p.shape, (p,))
         for p in parameters(model)
@@ -99,7 +99,7 @@ def recognise(found: Collection[str]) -> tuple[Names, dict[str, str]]:
 
 def family(model: Model) -> str | None:
     """The `model_type` of the family that computes as `model` does; None where none of them does."""
-    if isinstance(model, Vla):
+    if not isinstance(model, Decoder):
         return None
     whole = model.hidden_size % model.num_attention_heads == 0
     if model.position == "learned":
@@ -172,6 +172,8 @@ def behaviour(model: Model) -> dict[str, Any]:
         parts = {part: behaviour(shape) for part, shape in shapes(model).items()}
         found = {f"{part}.{field}": value for part, fields in parts.items() for field, value in fields.items()}
         return found | {"language.causal": model.language.causal}
+    if not isinstance(model, Decoder):
+        return {}  # its code decides it
     found = {
         "norm": model.norm,
         "norm_eps": model.norm_eps,

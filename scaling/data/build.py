@@ -7,7 +7,8 @@ from scaling.data.dataset import Dataset
 from scaling.data.synthetic import SyntheticDataset
 from scaling.data.text import open_text_data
 from scaling.data.tokens import open_token_data
-from scaling.spec.sections import Decoder, Spec, SyntheticData, TextData, TokenData
+from scaling.inventory import inventory_of
+from scaling.spec.sections import Decoder, Spec, SyntheticData, TextData, TokenData, Vla
 
 
 def build_datasets(spec: Spec) -> tuple[Dataset, Dataset | None]:
@@ -17,12 +18,12 @@ def build_datasets(spec: Spec) -> tuple[Dataset, Dataset | None]:
     tokenising wait for it. UserError for data that cannot be used, StorageError for the cache folder.
     """
     model = spec.model
-    if not isinstance(model, Decoder):
+    if isinstance(model, Vla):
         data = spec.data
         assert isinstance(data, SyntheticData), "the spec refuses others"
         length, masked = data.sequence_length, data.masked_fraction
         return _streams(data, lambda number, count: SyntheticActions(spec.seed, number, count, model, length, masked))
-    vocab_size = model.vocab_size
+    vocab_size = model.vocab_size if isinstance(model, Decoder) else inventory_of(model).vocab_size
     match spec.data:
         case TextData() as data:
             return open_text_data(data, vocab_size)

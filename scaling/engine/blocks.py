@@ -34,12 +34,13 @@ def prepare_blocks(module: nn.Module, blocks: Sequence[str], *, checkpointing: s
             block.forward = torch.compile(block.forward)
 
 
-def _full(block: nn.Module, *inputs: Any) -> Any:
-    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False)
+def _full(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, **named)
 
 
-def _selective(block: nn.Module, *inputs: Any) -> Any:
-    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, context_fn=_selective_contexts)
+def _selective(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    contexts = _selective_contexts
+    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
 
 def _selective_contexts() -> Any:

@@ -11,6 +11,7 @@ from scaling.estimate.caching import cached
 from scaling.estimate.decoder import CHUNK_ELEMENTS
 from scaling.estimate.flops import Block, Product, Stack
 from scaling.estimate.rates import Rates
+from scaling.estimate.work import DIRECTIONS, Direction, Part, sized
 from scaling.inventory import head_dim
 from scaling.spec.sections import Decoder
 
@@ -206,3 +207,24 @@ def _pointwise(model: Decoder, *, compiled: bool) -> tuple[float, float, int]:
         forward, backward = forward + 4 * heads * head_dim(model), backward + 10 * heads * head_dim(model)
     kernels = 4 + (10 if rotated else 0) + (2 if gated else 1) + (2 if model.qk_norm else 0)
     return forward, backward, kernels
+
+
+# ---------------------------------------------------------------- recorded models
+
+
+def recorded_passes(part: Part, micro_batch: int, rates: Rates) -> Passes:
+    """One of the alike blocks of a recorded model, or what is outside of them, over so many sequences."""
+    forward, backward = (_recorded_pass(part[way], micro_batch, rates) for way in DIRECTIONS)
+    return Passes(forward, backward)
+
+
+def _recorded_pass(way: Direction, micro_batch: int, rates: Rates) -> Pass:
+    seconds = (sized(way["other"], micro_batch)) / rates.matmul + sized(way["bytes"], micro_batch) / rates.hbm
+    for *sizes, count in way["products"]:
+        batch, rows, inner, columns = (sized(size, micro_batch) for size in sizes)
+        # Products of a batch share the device, as one of so many rows would.
+        seconds += count * product_seconds(batch * rows, inner, columns, rates)
+    for sequence, causal, backward, flops in way["attention"]:
+        rate = rates.attention * sequence / (sequence + ATTENTION_RAMP) * (BACKWARD_RATE if backward else 1)
+        seconds += sized(flops, micro_batch) / (2 if causal else 1) / rate
+    return Pass(seconds, way["kernels"])

@@ -10,7 +10,7 @@ from scaling.estimate.ops import FLOAT, Ops
 from scaling.estimate.tape import Leaf, Node, Refilled, Storage, Tape, Value
 from scaling.estimate.torch_engines import Single
 from scaling.groups import Group
-from scaling.inventory import ADAPTERS, Parameter, block_of, tied
+from scaling.inventory import ADAPTERS, Parameter, block_finder, tied
 from scaling.records import BatchPlan
 from scaling.spec.sections import Decoder, Spec
 
@@ -69,6 +69,8 @@ class _Flat(Single):
 
     Parameters that train are parts of one tensor for each group, frozen ones as they are.
     """
+
+    casts_where_read = False
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
@@ -338,7 +340,7 @@ class ZeRO3(Single):
     the modules as a pass enters them, backward ones included.
     """
 
-    blocks_alike = False
+    blocks_alike = casts_where_read = False
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
@@ -375,6 +377,7 @@ class ZeRO3(Single):
         self.waiting: list[_Hooked] = []
         self.filled = 0
         self.tied = tied(spec.model)
+        self.block_of = block_finder(spec.model)
         self.adapted = spec.lora.targets(spec.model) if spec.lora and isinstance(spec.model, Decoder) else ()
         """Last names of linear layers with an adapter: what has their weights is a module inside."""
         self.leaf_modules = spec.compile or spec.activation_checkpointing == "selective"
@@ -413,7 +416,7 @@ class ZeRO3(Single):
                     self.sub_groups.append(count)
                     count = 0
         total, held = sum(self.sub_groups), self.ops.held
-        self.asking = {block_of(name) for name in self.leaves} - {None} if self.leaf_modules else set[str | None]()
+        self.asking = {self.block_of(name) for name in self.leaves} - {None} if self.leaf_modules else set[str | None]()
         """Blocks that ask for a gradient of their input."""
         away, offloads = "offload_param" in self.zero, self.offloads
         self.held_state = [held(total, self.width, "parameters", on_host=away)]
@@ -432,7 +435,7 @@ class ZeRO3(Single):
 
     def owner(self, name: str) -> str:
         """The module whose hooks gather a parameter: its own, or its block where blocks are gathered whole."""
-        if self.leaf_modules and (block := block_of(name)):
+        if self.leaf_modules and (block := self.block_of(name)):
             return block
         module = name.rpartition(".")[0]
         last = module.rpartition(".")[2]
@@ -445,7 +448,7 @@ class ZeRO3(Single):
 
     def hooked(self, module: str) -> bool:
         """All modules are, with parameters of their own or not, but for those within a leaf module."""
-        return not (self.leaf_modules and block_of(module) not in (None, module))
+        return not (self.leaf_modules and self.block_of(module) not in (None, module))
 
     def enter(self, module: str, value: Value | None) -> Value | None:
         if not module:
@@ -529,7 +532,7 @@ class ZeRO3(Single):
             self.trace.append(module)
         names = self.modules.get(module, [])
         self.gather([name for name in names if name not in self.ready and name not in self.flying])
-        recomputes = self.ops.frame is not None and self.ops.frame.repeats
+        recomputes = self.ops.repeats or (self.ops.frame is not None and self.ops.frame.repeats)
         owner = next(reversed(self.active), None) if recomputes else None
         for name in names:
             self.users[name].add(module)

@@ -22,7 +22,7 @@ from scaling.hardware import GPU
 from scaling.inventory import parameters
 from scaling.records import BatchPlan
 from scaling.render import render
-from scaling.spec.sections import Decoder, Spec, Vla, in_chunks
+from scaling.spec.sections import Decoder, Spec, in_chunks
 from scaling.units import GiB
 
 PER_SEQUENCE = 2**64
@@ -122,7 +122,7 @@ class MemoryModel:
     def _chunks(self, micro_batch: int) -> int:
         """Of the loss; 3 for more."""
         model = self._spec.model
-        if isinstance(model, Vla) or not in_chunks(self._spec.objective):
+        if not isinstance(model, Decoder) or not in_chunks(self._spec.objective):
             return 1
         rows = max(1, CHUNK_ELEMENTS // model.vocab_size)
         return min(3, -(-micro_batch * self._plan.sequence_length // rows))
@@ -175,7 +175,7 @@ class _Curve:
 
     def __init__(self, played: "_Played") -> None:
         model = played.spec.model
-        layers = model.num_hidden_layers if isinstance(model, Decoder) else 0  # a vla has three kinds: all are played
+        layers = model.num_hidden_layers if isinstance(model, Decoder) else 0  # of others all are played
         grows = (
             layers > BLOCKS[1] and _alike(played.groups, layers) and played.cast.engine_for(played.spec).blocks_alike
         )

@@ -47,6 +47,8 @@ class Ops:
         """The parameter of this name as the forward pass sees it."""
         self.frame: Frame | None = None
         """The checkpointed call at work."""
+        self.repeats = False
+        """A recorded call is being made again in the backward pass."""
         self.zero3_linear = False
         """Linear layers are DeepSpeed's, which keep all they have (runtime/zero/linear.py)."""
 

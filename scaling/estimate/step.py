@@ -8,14 +8,15 @@ from scaling.estimate import vla
 from scaling.estimate.decoder import PlayedDecoder
 from scaling.estimate.deepspeed_engines import BF16, ZeRO3, ZeRO12
 from scaling.estimate.ops import FLOAT, LONG, Ops, Shape
+from scaling.estimate.replay import Replay, recorded_ledger
 from scaling.estimate.tape import Storage, Tape, Value, backward
 from scaling.estimate.torch_engines import DDP, FSDP, Single
 from scaling.groups import Group
-from scaling.inventory import still, text_length
+from scaling.inventory import inventory_of, still, text_length
 from scaling.records import BatchPlan
 from scaling.spec.sections import DDP as DDPSpec
 from scaling.spec.sections import FSDP as FSDPSpec
-from scaling.spec.sections import Decoder, Spec, Vla, in_chunks
+from scaling.spec.sections import Decoder, FactoryModel, HuggingFace, Spec, Vla, in_chunks
 from scaling.spec.sections import DeepSpeed as DeepSpeedSpec
 from scaling.units import WIDTHS
 
@@ -60,7 +61,7 @@ def _zero_engine(spec: Spec, backend: DeepSpeedSpec) -> type[Single]:
 def batch_sizes(spec: Spec, plan: BatchPlan, *, cuda: bool) -> list[int]:
     """Bytes of each tensor of a step's micro-batches; a vla's are on a GPU one at a time."""
     match spec.model:
-        case Decoder():
+        case Decoder() | FactoryModel() | HuggingFace():
             return [LONG * plan.micro_batch * plan.sequence_length] * (2 * plan.accumulation)
         case Vla() as model:
             text = text_length(model, plan.sequence_length)
@@ -69,7 +70,7 @@ def batch_sizes(spec: Spec, plan: BatchPlan, *, cuda: bool) -> list[int]:
 
 def _played_model(
     spec: Spec, frozen: Collection[str], ops: Ops, engine: Single, cast: Cast
-) -> PlayedDecoder | vla.PlayedVla:
+) -> PlayedDecoder | vla.PlayedVla | Replay:
     checkpointing, compiled = spec.activation_checkpointing, spec.compile and ops.cuda
     match spec.model:
         case Decoder() as model:
@@ -86,6 +87,10 @@ def _played_model(
             return vla.PlayedVla(
                 model, spec.objective, ops, engine, still=parts, checkpointing=checkpointing, compiled=compiled
             )
+        case FactoryModel() | HuggingFace() as model:
+            ledger = recorded_ledger(spec, model, frozen)
+            events = ledger["events"]["gpu" if ops.cuda else "cpu"][checkpointing]
+            return Replay(events, ops, engine, inventory_of(model).buffer_bytes)
 
 
 def play(
@@ -121,10 +126,15 @@ def play(
                 loss = model.forward()
             with tape.during("backward", "workspace"):
                 scaled = [Storage(tape, FLOAT) for _ in range(2)]
-                node, loss = loss.node, Value(loss.storage, 1)  # the loss is held, what it came from is not
-                assert node is not None, "something trains: the spec refuses others"
-                backward(tape, node, Storage(tape, FLOAT))
-                del scaled, node
+                if isinstance(model, Replay):
+                    model.backward()
+                else:
+                    assert loss is not None
+                    node, loss = loss.node, Value(loss.storage, 1)  # the loss is held, what it came from is not
+                    assert node is not None, "something trains: the spec refuses others"
+                    backward(tape, node, Storage(tape, FLOAT))
+                    del node
+                del scaled
                 engine.end()
         with tape.during("optimizer", "workspace"):
             engine.step()

@@ -3,16 +3,25 @@
 from collections.abc import Sequence
 from typing import Any
 
-from scaling.estimate.compute import block_passes, ends_passes, head_passes, stack_passes
-from scaling.estimate.flops import Structure, structure, train_flops_per_token, vla_structure
+from scaling.estimate.compute import (
+    Pass,
+    Passes,
+    block_passes,
+    ends_passes,
+    head_passes,
+    recorded_passes,
+    stack_passes,
+)
+from scaling.estimate.flops import Block, Product, Structure, structure, train_flops_per_token, vla_structure
 from scaling.estimate.rates import rates_of
+from scaling.estimate.replay import recorded_ledger
 from scaling.estimate.results import TimeEstimate
 from scaling.estimate.strategies import Costs, Step, costs
 from scaling.groups import Group
 from scaling.hardware import Cluster
-from scaling.inventory import text_length
+from scaling.inventory import block_finder, inventory_of, text_length
 from scaling.records import BatchPlan
-from scaling.spec.sections import Spec, Vla, in_chunks
+from scaling.spec.sections import Recorded, Spec, Vla, in_chunks
 
 KERNEL_SECONDS = 2e-6
 """What each kernel loses on the device between the one before and itself, filling up included. Engineering judgement:
@@ -63,6 +72,8 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
         work = Structure(alike, parts.ends[-1][0], parts.elements, parts.trained, parts.trained_tensors)
         head = ends_passes(parts.ends, plan.micro_batch, rates)
         return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
+    if isinstance(model, Recorded):
+        return _recorded_step(spec, model, plan, rendered, cluster, frozen)
     work = structure(model, frozen, spec.lora)
     tokens, length = plan.micro_batch * plan.sequence_length, plan.sequence_length
     blocks = tuple(
@@ -72,6 +83,37 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
     chunked = in_chunks(spec.objective)
     head = head_passes(model, work.head, tokens, chunked, rates)
     return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
+
+
+def _recorded_step(
+    spec: Spec, model: Recorded, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluster, frozen: frozenset[str]
+) -> Step:
+    """From what was counted when the model was recorded."""
+    rates, found = rates_of(cluster.gpu, spec.precision), inventory_of(model)
+    parts = recorded_ledger(spec, model, frozen)["work"][spec.activation_checkpointing]
+    elements = {parameter.name: parameter.elements for parameter in found.parameters}
+    trained = elements.keys() - frozen
+    block_of = block_finder(model)
+    blocks: list[tuple[Block, int, Passes]] = []
+    head = Passes(Pass(0.0, 0), Pass(0.0, 0))
+    for part in parts:
+        passes = recorded_passes(part, plan.micro_batch, rates)
+        if not part["blocks"]:
+            head = passes
+            continue
+        own = {name for name in elements if block_of(name) == part["blocks"][0]}
+        backward = passes.backward.kernels > 0
+        size, trains = sum(elements[name] for name in own), sum(elements[name] for name in own & trained)
+        block = Block((), backward, backward, backward, backward, backward, size, trains)
+        blocks.append((block, len(part["blocks"]), passes))
+    work = Structure(
+        blocks=tuple((block, count) for block, count, _ in blocks),
+        head=Product(0, 0, True, False),
+        elements=sum(elements.values()),
+        trained=sum(elements[name] for name in trained),
+        trained_tensors=len(trained),
+    )
+    return Step(spec, plan, rendered, cluster, work, rates, tuple(blocks), head)
 
 
 def _overhead(step: Step, added: Costs, device: float) -> float:

@@ -17,6 +17,8 @@ from scaling.spec.sections import Spec
 class Single:
     """The whole model in fp32; in 16 bits each parameter is cast where it is read."""
 
+    casts_where_read = True
+    """In 16 bits; others hold what they gather in the compute type."""
     steps = 1
     """After so many all steps are alike."""
     blocks_alike = True
@@ -189,6 +191,8 @@ class _Unit:
 
 class FSDP(Single):
     """Shards in fp32, gathered unit by unit in the compute type; gradients cut as soon as a unit has all of its own."""
+
+    casts_where_read = False
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan

@@ -1,16 +1,17 @@
 """What a model is made of, from its section of the spec alone: parameter names, shapes, blocks. No torch.
 
-A test builds the real module on the meta device and finds the same names and shapes.
+A test builds the real module on the meta device and finds the same names and shapes. Of modules of the user's own, and
+of transformers', it is in the inventory file that the section names.
 """
 
-import math
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 
-from scaling.spec.sections import Decoder, Fusion, Lora, Model, Vision, Vla
+from scaling.inventory.recorded import Inventory, Parameter, read_inventory
+from scaling.spec.sections import Decoder, Fusion, Lora, Model, Recorded, Vision, Vla
 
 ADAPTERS = ("lora_A", "lora_B")
 """Modules of an adapter, below the linear layer that it is of: [rank, inputs], then [outputs, rank]."""
@@ -18,22 +19,6 @@ CHANNELS = 3
 """Of an image."""
 TIME_FEATURES = 256
 """Sines and cosines that a time is told by (as DiT: Peebles and Xie, 2023)."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One tensor of the model."""
-
-    name: str
-    """Canonical name: the module's path, with no wrapper's prefix."""
-    shape: tuple[int, ...]
-    frozen: bool = False
-    """Part of the model that adapters are put in: not trained, whatever the groups say."""
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
 
 def parameters(model: Model, lora: Lora | None = None) -> tuple[Parameter, ...]:
@@ -64,12 +49,21 @@ def _with_adapters(own: Sequence[Parameter], targets: Collection[str], rank: int
 
 
 def _own(model: Model) -> tuple[Parameter, ...]:
+    if isinstance(model, Recorded):
+        return inventory_of(model).parameters
     found = _decoder(model) if isinstance(model, Decoder) else _vla(model)
     return tuple(Parameter(name, shape) for name, shape in found)
 
 
+def inventory_of(model: Recorded) -> Inventory:
+    """What `python -m scaling.inventory` wrote of `model`; UserError where it did not, or of another."""
+    return read_inventory(model.inventory, model.model_dump(mode="json", exclude={"inventory"}))
+
+
 def blocks(model: Model) -> tuple[str, ...]:
     """Paths of the repeated blocks, in order: what is wrapped, checkpointed and compiled one by one."""
+    if isinstance(model, Recorded):
+        return inventory_of(model).blocks
     if isinstance(model, Decoder):
         return _layers("", model.num_hidden_layers)
     parts = (("vision.", model.vision), ("language.", model.language), ("fusion.", model.fusion))
@@ -78,13 +72,30 @@ def blocks(model: Model) -> tuple[str, ...]:
 
 @cache
 def block_of(path: str) -> str | None:
-    """The block that a module or parameter is, or is in; None where it is in none."""
+    """The block that a module or parameter of a decoder or vla is, or is in; None where it is in none."""
     found = re.match(r"((vision|language|fusion)\.)?layers\.\d+(?=\.|$)", path)
     return found.group() if found else None
 
 
+def block_finder(model: Model) -> Callable[[str], str | None]:
+    """What says as `block_of` does which block of `model` a path is in."""
+    if not isinstance(model, Recorded):
+        return block_of
+    known = set(blocks(model))
+
+    @cache
+    def find(path: str) -> str | None:
+        while path and path not in known:
+            path = path.rpartition(".")[0]
+        return path or None
+
+    return find
+
+
 def tied(model: Model) -> tuple[tuple[str, ...], ...]:
     """Groups of parameter names that are one tensor; the first name of each is the one in `parameters`."""
+    if isinstance(model, Recorded):
+        return inventory_of(model).tied
     if isinstance(model, Decoder) and model.tie_word_embeddings:
         return (("embed_tokens.weight", "lm_head.weight"),)
     return ()
@@ -96,7 +107,9 @@ def head_dim(model: Decoder) -> int:
 
 
 def dropout(model: Model) -> float:
-    """The largest dropout probability of any part."""
+    """The largest dropout probability of any part, as far as the spec says it."""
+    if isinstance(model, Recorded):
+        return 0.0
     return model.dropout if isinstance(model, Decoder) else max(shape.dropout for shape in shapes(model).values())
 
 
@@ -121,15 +134,15 @@ def patches(vision: Vision) -> int:
 def sample_length(model: Model, sequence_length: int) -> int:
     """Positions of a sample: what throughput and FLOPs are counted by.
 
-    Of a decoder its tokens. Of a vla the patches of all views, the tokens of the instruction (`sequence_length`) and
-    the actions of a chunk.
+    Of a language model its tokens. Of a vla the patches of all views, the tokens of the instruction (`sequence_length`)
+    and the actions of a chunk.
     """
-    return sequence_length if isinstance(model, Decoder) else sequence_length + _beside_text(model)
+    return sequence_length + _beside_text(model) if isinstance(model, Vla) else sequence_length
 
 
 def text_length(model: Model, length: int) -> int:
     """Tokens of text in a sample of so many positions: the reverse of `sample_length`."""
-    return length if isinstance(model, Decoder) else length - _beside_text(model)
+    return length - _beside_text(model) if isinstance(model, Vla) else length
 
 
 def context_length(model: Vla, text: int) -> int:

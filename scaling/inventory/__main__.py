@@ -1,5 +1,7 @@
 """`python -m scaling.inventory SPEC` or `--model NAME|PATH`: every parameter of a model, without torch.
 
+For `model.kind` "factory" and "huggingface" the model is built first, with torch, on tensors without values, a step of
+it is recorded, and the file that `model.inventory` names is written.
 Name, shape, elements, bytes in fp32 (as masters and checkpoints hold them) and the group that it is in.
 """
 
@@ -13,8 +15,11 @@ from typing import Any
 from scaling.errors import CommandLine, UserError, run_command
 from scaling.estimate.models import bare_document
 from scaling.groups import Group, group_of, resolve_groups
-from scaling.inventory import Parameter, parameters
+from scaling.imports import add_allow_import, check_allowed
+from scaling.inventory import parameters
+from scaling.inventory.recorded import Parameter
 from scaling.spec import Document, Spec, parse_spec, placed, read_document
+from scaling.spec.sections import FactoryModel, Recorded
 from scaling.units import format_bytes, format_count
 from scaling.view import Sheet, print_sheet
 
@@ -28,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     document, notes = _document(options)
     spec = parse_spec(document)
+    if isinstance(spec.model, Recorded):
+        _record(spec, document, options)
     found = parameters(spec.model, spec.lora)
     try:
         groups = resolve_groups(spec.param_groups, spec.optimizer, found)
@@ -51,6 +58,33 @@ def _document(options: Namespace) -> tuple[Document, list[str]]:
     if options.spec is not None:
         return read_document(options.spec, options.set), []
     return bare_document(options.model, 1, 1, options.set)  # neither length nor batch changes a parameter
+
+
+def _record(spec: Spec, document: Document, options: Namespace) -> None:
+    assert isinstance(spec.model, Recorded)
+    if isinstance(spec.model, FactoryModel):
+        check_allowed(spec.model.target, options.allow_import, "model.target")
+    try:
+        from scaling.recording import write_inventory
+    except ImportError as error:
+        raise UserError(
+            f'`model.kind` must be "decoder" or "vla" where torch is not installed ({error}), but is '
+            f"{spec.model.kind!r}; pip install '.[train]', or take the file from where it is"
+        ) from None
+    tell = _tell if options.json != "-" else _silent
+    try:
+        write_inventory(spec, options.allow_import, tell)
+    except UserError as error:
+        raise placed(error, document) from None
+    tell(f"written: {spec.model.inventory}")
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 def inventory_report(spec: Spec, found: Sequence[Parameter], groups: Sequence[Group]) -> dict[str, Any]:
@@ -140,6 +174,7 @@ def _parser() -> CommandLine:
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="as JSON, in FILE or in place of the table"
     )
+    add_allow_import(parser)
     return parser
 
 

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaling.errors import UserError
 from scaling.imports import call_target
 from scaling.objectives.behaviour_cloning import flow_matching, regression
+from scaling.records import IGNORED
 from scaling.spec.sections import BehaviourCloning, CausalLM, Factory
 from scaling.spec.sections import Objective as ObjectiveSpec
 
@@ -16,11 +18,14 @@ Objective = Callable[[nn.Module, Any], Tensor]
 """(module, micro-batch) -> loss summed over the micro-batch's terms, an fp32 scalar. Never a mean."""
 
 
-def build_objective(spec: ObjectiveSpec, allow_import: Sequence[str] = ()) -> Objective:
-    """The loss function that `spec` names; `allow_import` are the packages that a factory may come from."""
+def build_objective(spec: ObjectiveSpec, allow_import: Sequence[str] = (), *, from_logits: bool = False) -> Objective:
+    """The loss function that `spec` names; `allow_import` are the packages that a factory may come from.
+
+    `from_logits`: of a module that returns logits, where this project's own take targets and return the summed loss.
+    """
     match spec:
         case CausalLM():
-            return _causal_lm
+            return _causal_lm_from_logits if from_logits else _causal_lm
         case BehaviourCloning(loss="flow_matching"):
             return flow_matching
         case BehaviourCloning():
@@ -33,6 +38,12 @@ def build_objective(spec: ObjectiveSpec, allow_import: Sequence[str] = ()) -> Ob
                     f"a {type(objective).__name__}; correct it"
                 )
             return cast(Objective, objective)
+
+
+def _causal_lm_from_logits(module: nn.Module, batch: Any) -> Tensor:
+    output = module(batch.inputs)
+    logits = getattr(output, "logits", output)
+    return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def _causal_lm(module: nn.Module, batch: Any) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 from scaling.inventory import blocks
 from scaling.records import BatchPlan
-from scaling.spec.sections import FSDP, Spec, Vla
+from scaling.spec.sections import FSDP, Decoder, Spec, Vla
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -54,16 +54,17 @@ def _common(spec: Spec, plan: BatchPlan) -> dict[str, Any]:
 def _wrap_plan(spec: Spec, backend: FSDP) -> list[dict[str, Any]]:
     """Modules that gather their parameters together, in the order of the forward pass; what is left is the root's.
 
-    Of a vla that is its blocks and its table of words; what is left is small. Tied weights must be in one group (torch
-    refuses them sharded apart): they stay in the root, which keeps its parameters from its first use to the end of the
-    backward pass. The last group is never freed after its forward pass, since its backward pass comes next.
+    Of a vla that is its blocks and its table of words; what is left is small. Of a recorded model it is its
+    blocks. Tied weights must be in one group (torch refuses them sharded apart): they stay in the root, which keeps its
+    parameters from its first use to the end of the backward pass. The last group is never freed after its forward pass,
+    since its backward pass comes next.
     """
     reshard = backend.reshard_after_forward
     plan = [{"modules": [block], "reshard_after_forward": reshard} for block in blocks(spec.model)]
     if isinstance(spec.model, Vla):
         table = {"modules": ["language.embed_tokens"], "reshard_after_forward": reshard}
         plan.insert(spec.model.vision.num_hidden_layers, table)
-    if isinstance(spec.model, Vla) or spec.model.tie_word_embeddings:
+    if not isinstance(spec.model, Decoder) or spec.model.tie_word_embeddings:
         plan[-1]["reshard_after_forward"] = False
         return plan
     embeddings = {"modules": ["embed_tokens"], "reshard_after_forward": reshard}

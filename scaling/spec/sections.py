@@ -218,7 +218,40 @@ class Vla(Section):
     """What is predicted, and from what state."""
 
 
-Model = Annotated[Decoder | Vla, Field(discriminator="kind")]
+Target = Annotated[str, Field(max_length=500, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+"""A function in a module: "package.module:function"."""
+
+
+class FactoryModel(Section):
+    """A module of your own: the function `target`, called with `arguments`, returns it. Its package must be allowed on
+    the command line (--allow-import). It can be planned and rehearsed, and not trained yet."""
+
+    kind: Literal["factory"]
+    target: Target
+    """Where the function is, "package.module:function"; the working folder is looked in first. Its module takes token
+    ids, int64 [batch, sequence], and returns logits, [batch, sequence, vocabulary], or an object that has `logits`."""
+    arguments: dict[str, Any] = {}
+    """Its keyword arguments."""
+    inventory: Text
+    """File that `python -m scaling.inventory SPEC` writes once, and all else reads: names and shapes of the parameters,
+    and what a step makes, keeps and frees. Relative to the working folder."""
+
+
+class HuggingFace(Section):
+    """A causal language model by the transformers library, of any of its architectures whose code it has itself. It can
+    be planned and rehearsed, and not trained yet."""
+
+    kind: Literal["huggingface"]
+    path: Text
+    """Folder with its config.json; relative to the working folder."""
+    inventory: Text
+    """As of a factory."""
+
+
+Recorded = FactoryModel | HuggingFace
+"""Models of which all that is known without torch is in an inventory file."""
+
+Model = Annotated[Decoder | Vla | FactoryModel | HuggingFace, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------- adapters
@@ -254,7 +287,8 @@ class CausalLM(Section):
 
     kind: Literal["causal_lm"] = "causal_lm"
     cross_entropy: Literal["chunked", "plain"] = "chunked"
-    """chunked: logits exist for a slice of the tokens at a time (least memory); plain: for the whole micro-batch."""
+    """chunked: logits exist for a slice of the tokens at a time (least memory); plain: for the whole micro-batch, as it
+    always is for models of the kinds factory and huggingface."""
 
 
 class BehaviourCloning(Section):
@@ -278,7 +312,7 @@ class Factory(Section):
     line (--allow-import); a spec cannot do that."""
 
     kind: Literal["factory"]
-    target: Annotated[str, Field(max_length=500, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
+    target: Target
     """Where the function is, "package.module:function"; the working folder is looked in first. As an objective it
     returns a function of (module, micro-batch) to the loss summed over the target tokens."""
     arguments: dict[str, Any] = {}
@@ -726,6 +760,7 @@ class Spec(Section):
                 f"({self.max_steps}), but is {needed}; shorten it or train longer"
             )
         yield from self._model_and_data()
+        yield from self._model_and_objective()
         backend = self.backend
         if (
             isinstance(backend, DeepSpeed)
@@ -748,8 +783,8 @@ class Spec(Section):
 
     def _adapters(self) -> Iterator[str]:
         lora, model = self.lora, self.model
-        if lora is not None and isinstance(model, Vla):
-            yield '`lora` must be null for a model of kind "vla", but is set; set it to null'
+        if lora is not None and not isinstance(model, Decoder):
+            yield f'`lora` must be null for a model of kind "{model.kind}", but is set; set it to null'
         elif lora is not None and isinstance(model, Decoder) and lora.target_modules != "all-linear":
             known, named = model.linear_layers, lora.target_modules
             for index in [index for index, name in enumerate(named) if name not in known]:
@@ -759,7 +794,9 @@ class Spec(Section):
                 )
 
     def _model_and_data(self) -> Iterator[str]:
-        model, data, objective = self.model, self.data, self.objective
+        model, data = self.model, self.data
+        if isinstance(model, Recorded):
+            return  # how many words it knows, and how long a text it reads, is not in the spec
         reader, field = (model.language, "model.language") if isinstance(model, Vla) else (model, "model")
         if data.sequence_length > reader.max_position_embeddings:
             yield (
@@ -771,20 +808,21 @@ class Spec(Section):
                 f'`{field}.vocab_size` must be at least 256 for the tokenizer "bytes", '
                 f"but is {reader.vocab_size}; set it to 256"
             )
+        if isinstance(model, Vla) and not isinstance(data, SyntheticData):
+            yield (
+                f'`data.kind` must be "synthetic" for a model of kind "vla", but is "{data.kind}": text has neither '
+                "images nor actions; change one of them"
+            )
+
+    def _model_and_objective(self) -> Iterator[str]:
+        model, objective = self.model, self.objective
         wanted = "behaviour_cloning" if isinstance(model, Vla) else "causal_lm"
         if not isinstance(objective, Factory) and objective.kind != wanted:
             yield (
                 f'`objective.kind` must be "{wanted}" for a model of kind "{model.kind}", but is "{objective.kind}"; '
                 f'set `objective` to {{"kind": "{wanted}"}}'
             )
-        if not isinstance(model, Vla):
-            return
-        if not isinstance(data, SyntheticData):
-            yield (
-                f'`data.kind` must be "synthetic" for a model of kind "vla", but is "{data.kind}": text has neither '
-                "images nor actions; change one of them"
-            )
-        if isinstance(objective, BehaviourCloning):
+        if isinstance(model, Vla) and isinstance(objective, BehaviourCloning):
             head = "velocity" if objective.loss == "flow_matching" else "direct"
             if model.action.head != head:
                 yield (

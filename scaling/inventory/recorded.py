@@ -1,0 +1,104 @@
+"""The inventory file of a model whose code is not this project's: names and shapes, and what a step of it does.
+
+`python -m scaling.inventory SPEC` writes it, with torch; all else reads it, without. JSON:
+
+    {"schema_version": 1,
+     "model": the section it was made from, without `inventory`,
+     "parameters": [{"name", "shape", "tied": [other names of the same tensor]}],
+     "blocks": [paths], "buffer_bytes", "vocab_size",
+     "ledger": {"sequence_length", "precision", "objective", "frozen": [names],
+                "events": {"gpu" or "cpu": {checkpointing mode: events, as scaling/recording.py has them}},
+                "work": {checkpointing mode: as scaling/estimate/work.py has it}}}
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+from scaling.errors import UserError
+
+SCHEMA_VERSION = 1
+LIMIT_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the model."""
+
+    name: str
+    """Canonical name: the module's path, with no wrapper's prefix."""
+    shape: tuple[int, ...]
+    frozen: bool = False
+    """Part of the model that adapters are put in: not trained, whatever the groups say."""
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Inventory:
+    """What an inventory file holds."""
+
+    path: str
+    model: Mapping[str, Any]
+    """The section that it was made from, without `inventory`."""
+    parameters: tuple[Parameter, ...]
+    tied: tuple[tuple[str, ...], ...]
+    blocks: tuple[str, ...]
+    buffer_bytes: int
+    vocab_size: int
+    """Of the logits."""
+    ledger: Mapping[str, Any]
+
+
+def read_inventory(path: str, model: Mapping[str, Any]) -> Inventory:
+    """The inventory file at `path`, which must have been made from the section `model`; UserError where it was not."""
+    try:
+        stamp = os.stat(path)
+    except (OSError, ValueError):
+        raise _refusal(path, "there is none") from None
+    found = _read(path, stamp.st_mtime_ns, stamp.st_size)
+    if found.model != model:
+        raise _refusal(path, "it was made for another model")
+    return found
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, _modified: int, size: int) -> Inventory:
+    if size > LIMIT_BYTES:
+        raise _refusal(path, f"it has more than {LIMIT_BYTES} bytes")
+    try:
+        with open(path, "rb") as file:
+            found = cast(dict[str, Any], json.loads(file.read(LIMIT_BYTES)))
+        version = found["schema_version"]
+        listed = cast(list[dict[str, Any]], found["parameters"])
+        inventory = Inventory(
+            path=path,
+            model=found["model"],
+            parameters=tuple(Parameter(one["name"], tuple(one["shape"])) for one in listed),
+            tied=tuple((one["name"], *one["tied"]) for one in listed if one["tied"]),
+            blocks=tuple(found["blocks"]),
+            buffer_bytes=found["buffer_bytes"],
+            vocab_size=found["vocab_size"],
+            ledger=found["ledger"],
+        )
+    except OSError as error:
+        raise _refusal(path, f"it cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _refusal(path, "it is no such file") from None
+    if version != SCHEMA_VERSION:
+        raise _refusal(path, f"its version is {version!r}, not {SCHEMA_VERSION}")
+    return inventory
+
+
+def _refusal(path: str, reason: str) -> UserError:
+    return UserError(
+        f"`model.inventory` must be the file that `python -m scaling.inventory SPEC` writes of this model, but "
+        f"{path[:200]!r} is not: {reason}; run that (it needs torch, and no GPU)"
+    )
