@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,9 @@ def _loss(value: float | None) -> str:
 
 def _sheet(report: dict[str, Any]) -> Sheet:
     predicted, measured, ratios = report["predicted"], report["measured"], report["measured_to_predicted"]
-    words = {key: (what, format_bytes) for key, (_, what) in MEMORY.items()}
+    words: dict[str, tuple[str, Callable[[Any], str]]] = {
+        key: (what, format_bytes) for key, (_, what) in MEMORY.items()
+    }
     words["host_rss_bytes"] = ("memory of the process on the host", format_bytes)
     words["step_seconds"] = ("an optimizer step, the median", format_seconds)
     words["tokens_per_second_per_gpu"] = ("tokens per second and device, the median", lambda value: f"{value:,.0f}")
