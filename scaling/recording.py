@@ -84,8 +84,10 @@ class Recorder(TorchDispatchMode):
         for name, parameter in module.named_parameters():
             self._parameters[parameter.untyped_storage()._cdata] = canonical_name(name)
         self._known |= self._parameters.keys() | {t.untyped_storage()._cdata for t in module.buffers()}
-        self._origins: dict[int, tuple[str, list[int]]] = {}
-        """Of each tensor that a backward pass makes: by what operation, from what."""
+        self._origins: dict[int, tuple[str, list[int], int]] = {}
+        """Of each tensor that a backward pass makes: by what operation, from what, and its place in `work`."""
+        self._beside: set[int] = set()
+        """Places in `work` of casts of gradients."""
 
     # ------------------------------------------------------------ tensors
 
@@ -99,7 +101,9 @@ class Recorder(TorchDispatchMode):
         if packet is aten._scaled_dot_product_flash_attention_backward:
             self._note_flash_work(*args[1:3])
         new = [t for t in made if self._note(t, packet, sources, before)]
-        if new or (made and not _is_view(func)):
+        if packet is aten._to_copy and before & self._parameters.keys():
+            return result  # what such casts cost depends on the backend: scaling/estimate/strategies.py knows
+        if new or _writes(func):
             self._note_work(func, args, kwargs or {}, given, made, result)
         return result
 
@@ -117,7 +121,7 @@ class Recorder(TorchDispatchMode):
             after = not self._to_come and not self._backward
             self.events.append(["l" if after else "+", number, storage.nbytes()])
             if self._backward:
-                self._origins[number] = (str(packet), sources)
+                self._origins[number] = (str(packet), sources, len(self.work))
         return True
 
     def _note_flash_work(self, query: Tensor, key: Tensor) -> None:
@@ -164,7 +168,8 @@ class Recorder(TorchDispatchMode):
             else:
                 self.work.append((*place, "other", (), (flops,)))
         else:
-            moved = sum(t.numel() * t.element_size() for t in (*given, *made))
+            read = given[1:] + made if packet is aten.embedding else given  # of the table no more than is written
+            moved = sum(t.numel() * t.element_size() for t in (*read, *made))
             self.work.append((*place, "bytes", (), (moved,)))
 
     # ------------------------------------------------------------ modules and parameters
@@ -236,19 +241,32 @@ class Recorder(TorchDispatchMode):
                 continue
             if casts:
                 self._tell_gradient(event[2], made, summed=False)
-            rest = self.events[place + 1 :]
-            gone = next((kind == "-" for kind, *about in rest if kind == "+" or about[:1] == [event[2]]), True)
-            event.append(int(gone))
+            event.append(int(self._goes_at_once(event[2], place)))
         return self.events
+
+    def _goes_at_once(self, number: int, place: int) -> bool:
+        """Whether memory is gone before anything else is made, after the event at this place."""
+        for after in range(place + 1, len(self.events)):
+            kind, *about = self.events[after]
+            if kind in ("+", "c"):
+                return False
+            if kind == "-" and about == [number]:
+                return True
+        return True
+
+    def computed(self) -> list[Operation]:
+        """The work, once the events are told: without casts of gradients, as without those of parameters."""
+        return [operation for place, operation in enumerate(self.work) if place not in self._beside]
 
     def _tell_gradient(self, number: int, made: dict[int, int], *, summed: bool) -> None:
         """A gradient that was cast back to fp32, or the sum of some."""
-        operation, sources = self._origins.get(number, ("", []))
+        operation, sources, place = self._origins.get(number, ("", [], 0))
         event = self.events[made[number]] if number in made else None
         if event is None or event[0] != "+":
             return
         if operation == "aten._to_copy" and len(sources) == 1:
             event[:] = ["u", number, sources[0], event[2] // 4]
+            self._beside.add(place)
         elif operation == "aten.add" and not summed:
             for source in sources:
                 self._tell_gradient(source, made, summed=True)
@@ -291,8 +309,10 @@ def _is_causal(func: Any, args: Any, kwargs: Any) -> bool:
     return bool(named.get("is_causal"))
 
 
-def _is_view(func: Any) -> bool:
-    return bool(getattr(func, "is_view", False)) or getattr(func, "_schema", None) is None
+def _writes(func: Any) -> bool:
+    """Whether an operation changes what it is given; one that neither does so nor makes anything is a view."""
+    schema = getattr(func, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 # ---------------------------------------------------------------- recording a spec
@@ -405,7 +425,7 @@ def _passes(job: Recording, kernels: str, mode: str, count: int) -> tuple[list[E
             events = len(recorder.events)
         found = recorder.told(casts=dtype != torch.float32)[:events]
         del loss
-    return found, recorder.work
+    return found, recorder.computed()
 
 
 # ---------------------------------------------------------------- a GPU's kernels

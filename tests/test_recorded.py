@@ -12,12 +12,15 @@ from processes import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scaling.errors import UserError
-from scaling.estimate.flops import train_flops_per_token
+from scaling.estimate.compute import block_passes, recorded_passes
+from scaling.estimate.flops import structure, train_flops_per_token
 from scaling.estimate.ops import FLOAT, Ops, Shape
+from scaling.estimate.rates import rates_of
 from scaling.estimate.replay import Replay
 from scaling.estimate.step import batch_sizes, engine_of, play
 from scaling.estimate.tape import Storage, Tape
 from scaling.estimate.work import recorded_flops
+from scaling.hardware import find_gpu
 from scaling.inventory import blocks, parameters, tied
 from scaling.models.build import model_recipe
 from scaling.objectives import build_objective
@@ -160,6 +163,21 @@ def test_our_own_models_recorded_are_what_the_ledger_has(shape, kernels, mode):
         again = replayed(job, events, cuda=kernels == "gpu").peak
         assert again.phase == own.phase, backend
         assert again.bytes == pytest.approx(own.bytes, rel=0.003), backend
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("recipe", ["llama-8b", "gpt2-124m"])
+def test_time_of_our_own_blocks_recorded_is_what_is_estimated(recipe, mode):
+    changes = ["model.num_hidden_layers=2", "objective.cross_entropy=plain", "compile=false", "backend.kind=single"]
+    spec = load_spec(recipe, [*changes, f"activation_checkpointing={mode}"])
+    recording = Recording(spec, model_recipe(spec), (), build_objective(spec.objective), 100)
+    parts = record(recording, "gpu", mode)[1]
+    rates, length = rates_of(find_gpu("H100-80GB"), "bf16"), spec.data.sequence_length
+    block = structure(spec.model).blocks[-1][0]
+    own = block_passes(spec.model, block, 4 * length, length, mode, False, rates)
+    found = recorded_passes(next(part for part in reversed(parts) if part["blocks"]), 4, rates)
+    assert found.forward.seconds == pytest.approx(own.forward.seconds, rel=0.02)
+    assert found.backward.seconds == pytest.approx(own.backward.seconds, rel=0.04)
 
 
 # ---------------------------------------------------------------- against the tracer

@@ -94,7 +94,11 @@ def block_passes(
     backward += rates.width / 2 * moved_back * tokens / rates.hbm
     kernels = 2 * large + round(1.3 * small)  # a gradient each, sums of gradients, reductions for norms and biases
     if checkpointing == "full":
-        return Passes(ahead, Pass(backward + ahead.seconds, kernels + ahead.kernels))
+        again = ahead.seconds
+        if (model.intermediate_size, model.hidden_size) not in block.adapters:
+            # torch/utils/checkpoint.py stops when all that is kept is there: nothing keeps the last product.
+            again -= product_seconds(tokens, model.intermediate_size, model.hidden_size, rates)
+        return Passes(ahead, Pass(backward + again, kernels + ahead.kernels))
     if checkpointing == "selective":
         return Passes(ahead, Pass(backward + pointwise, kernels + small))
     return Passes(ahead, Pass(backward, kernels))

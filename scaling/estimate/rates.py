@@ -11,7 +11,7 @@ from scaling.estimate.caching import cached
 from scaling.hardware import GPU, GPUS
 from scaling.units import WIDTHS
 
-SUSTAINED = 0.85
+SUSTAINED = 0.84
 """Of the fastest matmul measured (MAMF), what a large product keeps up within a training step, where the card is hot
 and memory is busy with other things. Fitted on the rows that benchmarks/published.py lists, FITTED_ON."""
 HBM_EFFICIENCY = 0.85
