@@ -113,7 +113,7 @@ def decoder_of_config(config: Mapping[str, Any], sequence_length: int) -> tuple[
     if family not in _FAMILIES:
         raise UserError(
             f"`--model` must be of a family that the decoder covers ({', '.join(['gpt2', *_FAMILIES])}), but its "
-            f"model_type is {family!r}; write a spec with the nearest decoder"
+            f'model_type is {family!r}; write a spec whose `model.kind` is "huggingface", and plan that'
         )
     _refuse_parts(config, family, sequence_length)
     heads = _size(config, "num_attention_heads")
@@ -152,7 +152,10 @@ def _refuse_parts(config: Mapping[str, Any], family: str, sequence_length: int) 
     """UserError where the model has parts with a size that the decoder has not."""
 
     def refuse(what: str) -> None:
-        raise UserError(f"`--model` must be one that the decoder can say, but has {what}; plan a spec of your own")
+        raise UserError(
+            f"`--model` must be one that the decoder can say, but has {what}; "
+            'write a spec whose `model.kind` is "huggingface", and plan that'
+        )
 
     if bool(config.get("attention_bias", False)) != bool(config.get("mlp_bias", False)):
         refuse("biases in attention alone or in the MLP alone (attention_bias, mlp_bias)")
