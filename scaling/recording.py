@@ -23,7 +23,7 @@ import functools
 import gc
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -335,11 +335,14 @@ class Recording:
     """Of the vocabulary."""
 
 
-def record(job: Recording, kernels: str, mode: str) -> tuple[list[Event], list[dict[str, Any]]]:
+def record(
+    job: Recording, kernels: str, mode: str, *, zero3_linear: bool = False
+) -> tuple[list[Event], list[dict[str, Any]]]:
     """Events and work of the passes of a spec's model, with the kernels of a "gpu" or a "cpu", blocks checkpointed in
-    this mode. Raises UserError where a step does not do the same for two sequences as for three.
+    this mode; `zero3_linear`: linear layers are DeepSpeed's. Raises UserError where a step does not do the same for two
+    sequences as for three.
     """
-    fewer, more = (_passes(job, kernels, mode, count) for count in COUNTS)
+    fewer, more = (_passes(job, kernels, mode, count, zero3_linear) for count in COUNTS)
     try:
         events = [_merged(a, b) for a, b in zip(fewer[0], more[0], strict=True)]
         work: dict[str | None, dict[str, Counter[Any]]] = {}
@@ -404,7 +407,9 @@ def _line(fewer: int, more: int) -> list[int]:
     return [fewer - COUNTS[0] * slope, slope]
 
 
-def _passes(job: Recording, kernels: str, mode: str, count: int) -> tuple[list[Event], list[Operation]]:
+def _passes(
+    job: Recording, kernels: str, mode: str, count: int, zero3_linear: bool
+) -> tuple[list[Event], list[Operation]]:
     spec, recipe = job.spec, job.recipe
     dtype = DTYPES[spec.precision]
     gc.collect()
@@ -418,7 +423,9 @@ def _passes(job: Recording, kernels: str, mode: str, count: int) -> tuple[list[E
         module.train()
         batch = made_up_tokens(job.words, count, spec.data.sequence_length)
         recorder = Recorder(module, recipe.blocks, batch)
-        with contextlib.nullcontext() if kernels == "cpu" else _gpu_kernels(), recorder, recorder.watching():
+        replaced: dict[str, Any] = dict(_GPU_KERNELS) if kernels == "gpu" else {}
+        replaced |= {"linear": _KeepingLinear.apply} if zero3_linear else {}
+        with _functions(replaced), recorder, recorder.watching():
             loss = job.objective(module, batch)
             recorder.turn()
             loss.backward()
@@ -432,10 +439,9 @@ def _passes(job: Recording, kernels: str, mode: str, count: int) -> tuple[list[E
 
 
 @contextlib.contextmanager
-def _gpu_kernels() -> Iterator[None]:
-    """Have functions of which a GPU keeps something else than a CPU keep what a GPU does."""
-    kept = {name: getattr(F, name) for name in ("scaled_dot_product_attention", "dropout", "rms_norm")}
-    others = {"scaled_dot_product_attention": _attention, "dropout": _dropout(F.dropout), "rms_norm": _rms_norm}
+def _functions(others: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Have torch.nn.functional's functions of these names be others."""
+    kept = {name: getattr(F, name) for name in others}
     try:
         for name, function in others.items():
             setattr(F, name, function)
@@ -467,14 +473,11 @@ def _attention(
     )[0]
 
 
-def _dropout(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """A kernel that keeps a mask of bytes; a CPU multiplies by noise."""
-        if inplace or not training or not p:
-            return otherwise(input, p, training, inplace)
-        return torch.native_dropout(input, p, True)[0]
-
-    return dropout
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """A kernel that keeps a mask of bytes; a CPU multiplies by noise."""
+    if inplace or not training or not p:
+        return (torch.dropout_ if inplace else torch.dropout)(input, p, training)
+    return torch.native_dropout(input, p, True)[0]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -497,6 +500,36 @@ def _rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     return _RMSNorm.apply(input, input.new_ones(*normalized_shape) if weight is None else weight)
+
+
+_GPU_KERNELS = {"scaled_dot_product_attention": _attention, "dropout": _dropout, "rms_norm": _rms_norm}
+"""Functions of which a GPU keeps something else for the backward pass than a CPU."""
+
+
+class _KeepingLinear(torch.autograd.Function):
+    """DeepSpeed's linear layer at stage 3, which keeps all it is given, whatever trains (runtime/zero/linear.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(input, weight, bias)
+        output = input.matmul(weight.t())
+        if bias is not None:
+            output += bias
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        input, weight, bias = ctx.saved_tensors
+        wanted = (*ctx.needs_input_grad, False)
+        found: list[Tensor | None] = [None, None, None]
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if wanted[0]:
+            found[0] = gradient.matmul(weight)
+        if wanted[1]:
+            found[1] = rows.t().matmul(input.reshape(-1, input.shape[-1]))
+        if bias is not None and wanted[2]:
+            found[2] = rows.sum(0)
+        return tuple(found[: len(ctx.needs_input_grad)])
 
 
 # ---------------------------------------------------------------- the inventory file
@@ -529,6 +562,9 @@ def write_inventory(spec: Spec, allow_import: Sequence[str], tell: Callable[[str
             events[kernels][mode], counted = record(job, kernels, mode)
             if kernels == "gpu":
                 work[mode] = counted
+            if frozen and mode != "selective":  # in which ZeRO-3 has torch's own layer
+                name = f"{kernels}-zero3"
+                events.setdefault(name, {})[mode] = record(job, kernels, mode, zero3_linear=True)[0]
     document = {
         "schema_version": SCHEMA_VERSION,
         "model": model.model_dump(mode="json", exclude={"inventory"}),

@@ -93,7 +93,8 @@ def recorded(tmp_path_factory):
         if name not in made:
             made[name] = folder = tmp_path_factory.mktemp(name)
             if name == "own":
-                frozen = [{"name": "still", "match": ["before.*"], "freeze": True}, {"name": "rest", "match": ["*"]}]
+                still = {"name": "still", "match": ["before.*", "layers.*.inner.*"], "freeze": True}
+                frozen = [still, {"name": "rest", "match": ["*"]}]
                 spec_file(folder, {"kind": "factory", "target": OWN_CLASS}, param_groups=frozen)
                 words = ["--allow-import", "own_models"]
             else:
@@ -236,7 +237,8 @@ def test_a_module_of_ones_own(recorded, monkeypatch):
     assert tied(model) == (("embed.weight", "head.weight"),)
     document = json.loads(Path("inventory.json").read_text())
     assert document["vocab_size"] == 512 and document["buffer_bytes"] == 64 * 4
-    assert document["ledger"]["frozen"] == ["before.0.bias", "before.0.weight", "before.1.bias", "before.1.weight"]
+    still = [f"before.{index}.{name}" for index in range(2) for name in ("bias", "weight")]
+    assert document["ledger"]["frozen"] == [*still, *(f"layers.{index}.inner.weight" for index in range(3))]
 
 
 def test_the_planner_reads_it_without_torch(recorded):

@@ -223,7 +223,7 @@ def recorded_passes(part: Part, micro_batch: int, rates: Rates) -> Passes:
 
 
 def _recorded_pass(way: Direction, micro_batch: int, rates: Rates) -> Pass:
-    seconds = (sized(way["other"], micro_batch)) / rates.matmul + sized(way["bytes"], micro_batch) / rates.hbm
+    seconds = sized(way["other"], micro_batch) / rates.matmul + sized(way["bytes"], micro_batch) / rates.hbm
     for *sizes, count in way["products"]:
         batch, rows, inner, columns = (sized(size, micro_batch) for size in sizes)
         # Products of a batch share the device, as one of so many rows would.

@@ -89,8 +89,10 @@ def _played_model(
             )
         case FactoryModel() | HuggingFace() as model:
             ledger = recorded_ledger(spec, model, frozen)
-            events = ledger["events"]["gpu" if ops.cuda else "cpu"][checkpointing]
-            return Replay(events, ops, engine, inventory_of(model).buffer_bytes)
+            kernels, recorded = "gpu" if ops.cuda else "cpu", ledger["events"]
+            if ops.zero3_linear:
+                kernels = next(name for name in (f"{kernels}-zero3", kernels) if name in recorded)
+            return Replay(recorded[kernels][checkpointing], ops, engine, inventory_of(model).buffer_bytes)
 
 
 def play(

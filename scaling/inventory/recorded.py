@@ -7,7 +7,8 @@
      "parameters": [{"name", "shape", "tied": [other names of the same tensor]}],
      "blocks": [paths], "buffer_bytes", "vocab_size",
      "ledger": {"sequence_length", "precision", "objective", "frozen": [names],
-                "events": {"gpu" or "cpu": {checkpointing mode: events, as scaling/recording.py has them}},
+                "events": {"gpu" or "cpu": {checkpointing mode: events, as scaling/recording.py has them}}, and where
+                    something is frozen "gpu-zero3" and "cpu-zero3", with DeepSpeed's linear layer, but selective
                 "work": {checkpointing mode: as scaling/estimate/work.py has it}}}
 """
 
