@@ -137,9 +137,7 @@ def replayed(job: Job, events: list[Any], *, cuda: bool) -> Tape:
     return tape
 
 
-@pytest.mark.parametrize(
-    ("shape", "kernels", "mode"), [("gpt", "gpu", "none"), ("llama", "gpu", "selective"), ("llama", "cpu", "full")]
-)
+@pytest.mark.parametrize(("shape", "kernels", "mode"), [("gpt", "gpu", "none"), ("llama", "cpu", "full")])
 def test_our_own_models_recorded_are_what_the_ledger_has(shape, kernels, mode):
     """Two derivations of one figure: written op by op, and recorded from torch."""
     tiny = {
@@ -166,8 +164,7 @@ def test_our_own_models_recorded_are_what_the_ledger_has(shape, kernels, mode):
         assert again.bytes == pytest.approx(own.bytes, rel=0.003), backend
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("recipe", ["llama-8b", "gpt2-124m"])
+@pytest.mark.parametrize(("recipe", "mode"), [("llama-8b", "selective"), ("gpt2-124m", "full")])
 def test_time_of_our_own_blocks_recorded_is_what_is_estimated(recipe, mode):
     changes = ["model.num_hidden_layers=2", "objective.cross_entropy=plain", "compile=false", "backend.kind=single"]
     spec = load_spec(recipe, [*changes, f"activation_checkpointing={mode}"])
@@ -183,7 +180,7 @@ def test_time_of_our_own_blocks_recorded_is_what_is_estimated(recipe, mode):
 
 # ---------------------------------------------------------------- against the tracer
 
-CELLS = [("own", "fsdp", "full"), ("own", "zero3", "none"), ("gpt2", "zero3", "full")]
+CELLS = [("own", "zero3", "none"), ("gpt2", "fsdp", "full")]
 MORE = [
     (name, backend, mode)
     for name in ("own", *CONFIGS)
