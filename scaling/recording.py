@@ -41,7 +41,7 @@ from scaling.engine.precision import DTYPES, compute_in
 from scaling.errors import UserError
 from scaling.estimate.work import DIRECTIONS
 from scaling.groups import resolve_groups
-from scaling.inventory.recorded import SCHEMA_VERSION, Parameter
+from scaling.inventory.recorded import SCHEMA_VERSION, Parameter, fingerprint
 from scaling.models.recipe import ModelRecipe, canonical_name
 from scaling.models.recorded import build, find_blocks, parameters_of, recorded_recipe
 from scaling.objectives import Objective, build_objective
@@ -567,7 +567,7 @@ def write_inventory(spec: Spec, allow_import: Sequence[str], tell: Callable[[str
                 events.setdefault(name, {})[mode] = record(job, kernels, mode, zero3_linear=True)[0]
     document = {
         "schema_version": SCHEMA_VERSION,
-        "model": model.model_dump(mode="json", exclude={"inventory"}),
+        "model": fingerprint(model),
         "parameters": listed,
         "blocks": blocks,
         "buffer_bytes": buffers,

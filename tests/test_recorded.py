@@ -22,11 +22,13 @@ from scaling.estimate.tape import Storage, Tape
 from scaling.estimate.work import recorded_flops
 from scaling.hardware import find_gpu
 from scaling.inventory import blocks, parameters, tied
+from scaling.inventory.recorded import fingerprint
 from scaling.models.build import model_recipe
 from scaling.objectives import build_objective
 from scaling.recording import Recording, record
 from scaling.run import Job, resolve
 from scaling.spec import load_spec
+from scaling.spec.sections import FactoryModel
 from scaling.trace import trace
 from scaling.units import WIDTHS
 
@@ -327,6 +329,15 @@ def test_training_is_refused_for_now(recorded):
     done = command("scaling.train", "--spec", "spec.json", "--allow-import", "own_models", folder=folder)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert '`model.kind` must be "decoder" or "vla" to be trained' in done.stderr
+
+
+def test_what_a_factory_is_given_is_not_in_the_file(recorded, monkeypatch):
+    monkeypatch.chdir(recorded("own"))
+    model = load_spec("spec.json").model
+    assert isinstance(model, FactoryModel)
+    text = Path("inventory.json").read_text()
+    assert fingerprint(model) in text and model.target not in text
+    assert fingerprint(model.model_copy(update={"arguments": {"token": "secret"}})) not in text
 
 
 def test_a_file_of_another_version_is_refused(recorded, tmp_path):

@@ -57,7 +57,7 @@ def _own(model: Model) -> tuple[Parameter, ...]:
 
 def inventory_of(model: Recorded) -> Inventory:
     """What `python -m scaling.inventory` wrote of `model`; UserError where it did not, or of another."""
-    return read_inventory(model.inventory, model.model_dump(mode="json", exclude={"inventory"}))
+    return read_inventory(model)
 
 
 def blocks(model: Model) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 `python -m scaling.inventory SPEC` writes it, with torch; all else reads it, without. JSON:
 
     {"schema_version": 1,
-     "model": the section it was made from, without `inventory`,
+     "model": a hash of the section it was made from, which may hold what is nobody else's business,
      "parameters": [{"name", "shape", "tied": [other names of the same tensor]}],
      "blocks": [paths], "buffer_bytes", "vocab_size",
      "ledger": {"sequence_length", "precision", "objective", "frozen": [names],
@@ -12,6 +12,7 @@
                 "work": {checkpointing mode: as scaling/estimate/work.py has it}}}
 """
 
+import hashlib
 import json
 import math
 import os
@@ -21,9 +22,12 @@ from functools import lru_cache
 from typing import Any, cast
 
 from scaling.errors import UserError
+from scaling.spec.sections import Recorded
 
 SCHEMA_VERSION = 1
 LIMIT_BYTES = 2**28
+LEDGER = {"sequence_length", "precision", "objective", "frozen", "events", "work"}
+"""What a ledger must have."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class Inventory:
     """What an inventory file holds."""
 
     path: str
-    model: Mapping[str, Any]
-    """The section that it was made from, without `inventory`."""
+    model: str
+    """`fingerprint` of the section that it was made from."""
     parameters: tuple[Parameter, ...]
     tied: tuple[tuple[str, ...], ...]
     blocks: tuple[str, ...]
@@ -58,14 +62,21 @@ class Inventory:
     ledger: Mapping[str, Any]
 
 
-def read_inventory(path: str, model: Mapping[str, Any]) -> Inventory:
-    """The inventory file at `path`, which must have been made from the section `model`; UserError where it was not."""
+def fingerprint(model: Recorded) -> str:
+    """A hash of all that decides which module `model` is."""
+    section = model.model_dump(mode="json", exclude={"inventory"})
+    return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
+
+
+def read_inventory(model: Recorded) -> Inventory:
+    """The inventory file of `model`; UserError where there is none, or one that was made from another section."""
+    path = model.inventory
     try:
         stamp = os.stat(path)
     except (OSError, ValueError):
         raise _refusal(path, "there is none") from None
     found = _read(path, stamp.st_mtime_ns, stamp.st_size)
-    if found.model != model:
+    if found.model != fingerprint(model):
         raise _refusal(path, "it was made for another model")
     return found
 
@@ -79,6 +90,8 @@ def _read(path: str, _modified: int, size: int) -> Inventory:
             found = cast(dict[str, Any], json.loads(file.read(LIMIT_BYTES)))
         version = found["schema_version"]
         listed = cast(list[dict[str, Any]], found["parameters"])
+        if not found["ledger"].keys() >= LEDGER:
+            raise KeyError
         inventory = Inventory(
             path=path,
             model=found["model"],
