@@ -23,7 +23,7 @@ import functools
 import gc
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from scaling.rehearse import made_up_tokens, no_gc
 from scaling.run_folder import versions
 from scaling.spec import Spec
 from scaling.spec.sections import Recorded
-from scaling.trace import fake_tensors
+from scaling.trace import fake_tensors, replaced
 
 aten = torch.ops.aten
 Event = list[Any]
@@ -80,10 +80,8 @@ class Recorder(TorchDispatchMode):
         self._at: list[str | None] = [None]
         """Blocks at work, the innermost last."""
         self._known = {t.untyped_storage()._cdata for t in tree_leaves(inputs) if isinstance(t, Tensor)}
-        self._parameters: dict[int, str] = {}
-        for name, parameter in module.named_parameters():
-            self._parameters[parameter.untyped_storage()._cdata] = canonical_name(name)
-        self._known |= self._parameters.keys() | {t.untyped_storage()._cdata for t in module.buffers()}
+        self._parameters = {t.untyped_storage()._cdata for t in module.parameters()}
+        self._known |= self._parameters | {t.untyped_storage()._cdata for t in module.buffers()}
         self._origins: dict[int, tuple[str, list[int], int]] = {}
         """Of each tensor that a backward pass makes: by what operation, from what, and its place in `work`."""
         self._beside: set[int] = set()
@@ -101,7 +99,7 @@ class Recorder(TorchDispatchMode):
         if packet is aten._scaled_dot_product_flash_attention_backward:
             self._note_flash_work(*args[1:3])
         new = [t for t in made if self._note(t, packet, sources, before)]
-        if packet is aten._to_copy and before & self._parameters.keys():
+        if packet is aten._to_copy and before & self._parameters:
             return result  # what such casts cost depends on the backend: scaling/estimate/strategies.py knows
         if new or _writes(func):
             self._note_work(func, args, kwargs or {}, given, made, result)
@@ -115,7 +113,7 @@ class Recorder(TorchDispatchMode):
             return False
         number, self._count = self._count, self._count + 1
         self._there[at] = (ref(storage, functools.partial(self._gone, at, number)), number)
-        if packet is aten._to_copy and before & self._parameters.keys():
+        if packet is aten._to_copy and before & self._parameters:
             self.events.append(["c", number, tensor.numel()])
         else:
             after = not self._to_come and not self._backward
@@ -423,9 +421,13 @@ def _passes(
         module.train()
         batch = made_up_tokens(job.words, count, spec.data.sequence_length)
         recorder = Recorder(module, recipe.blocks, batch)
-        replaced: dict[str, Any] = dict(_GPU_KERNELS) if kernels == "gpu" else {}
-        replaced |= {"linear": _KeepingLinear.apply} if zero3_linear else {}
-        with _functions(replaced), recorder, recorder.watching():
+        functions: dict[str, Any] = dict(_GPU_KERNELS) if kernels == "gpu" else {}
+        functions |= {"linear": _KeepingLinear.apply} if zero3_linear else {}
+        with contextlib.ExitStack() as stack:
+            for name, function in functions.items():
+                stack.enter_context(replaced(F, name, function))
+            stack.enter_context(recorder)
+            stack.enter_context(recorder.watching())
             loss = job.objective(module, batch)
             recorder.turn()
             loss.backward()
@@ -436,19 +438,6 @@ def _passes(
 
 
 # ---------------------------------------------------------------- a GPU's kernels
-
-
-@contextlib.contextmanager
-def _functions(others: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Have torch.nn.functional's functions of these names be others."""
-    kept = {name: getattr(F, name) for name in others}
-    try:
-        for name, function in others.items():
-            setattr(F, name, function)
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(F, name, function)
 
 
 def _attention(
@@ -547,7 +536,12 @@ def write_inventory(spec: Spec, allow_import: Sequence[str], tell: Callable[[str
         compute_in(module, DTYPES[spec.precision])
         output = module(made_up_tokens(2, 2, spec.data.sequence_length).inputs)
         logits = getattr(output, "logits", output)
-        words = int(logits.shape[-1]) if isinstance(logits, Tensor) else 0
+        if not isinstance(logits, Tensor) or logits.dim() != 3:
+            raise UserError(
+                "`model` must return logits, [batch, sequence, vocabulary], for token ids, but returns a "
+                f"{type(output).__name__}; correct its module"
+            )
+        words = logits.shape[-1]
     groups = resolve_groups(
         spec.param_groups, spec.optimizer, [Parameter(one["name"], tuple(one["shape"])) for one in listed]
     )

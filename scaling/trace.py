@@ -126,7 +126,7 @@ def fake_tensors() -> Iterator[None]:
     """Make every tensor a fake one; the few places that would read or move real memory do otherwise meanwhile."""
     with contextlib.ExitStack() as stack:
         for owner, name, value in _replacements():
-            stack.enter_context(_replaced(owner, name, value))
+            stack.enter_context(replaced(owner, name, value))
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # DeepSpeed's alignment
         stack.enter_context(_fake_mode())
         yield
@@ -177,7 +177,8 @@ def _fake_mode() -> "FakeTensorMode":
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Have an attribute be another meanwhile."""
     real = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -55,6 +55,20 @@ def no_module() -> str:
     return "nothing"
 
 
+class _Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Embedding(8, 4) for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.layers
+        return first(tokens), second(tokens)
+
+
+def no_logits() -> nn.Module:
+    return _Pair()
+
+
 class _ByBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -299,6 +299,7 @@ def test_what_does_not_go_with_the_file_is_refused(recorded, change, message):
     ("target", "message"),
     [
         ("own_models:no_blocks", "`model` must have blocks"),
+        ("own_models:no_logits", "`model` must return logits, [batch, sequence, vocabulary], for token ids"),
         ("own_models:no_module", "`model.target` must return an nn.Module, but own_models:no_module returns a str"),
         ("own_models:absent", "`model.target` must be a function, but absent of own_models is not"),
         ("own_models:by_batch", "`model` must do the same for any number of sequences"),

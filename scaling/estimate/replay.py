@@ -94,7 +94,7 @@ class Replay:
                 case ">":
                     self._enter(*event[1:], again=backward)
                 case "<":
-                    self._leave(*event[1:], again=backward)
+                    self._leave(*event[1:])
                 case "b>":
                     self._run(self._begins.pop(event[1], None))
                 case _:
@@ -119,7 +119,7 @@ class Replay:
         if found and found[0].node not in (None, self._nothing) and wants:
             self._ends[number] = found[0].node
 
-    def _leave(self, number: int, module: str, gives: int, *, again: bool) -> None:
+    def _leave(self, number: int, module: str, gives: int) -> None:
         found = self._engine.leave(module, self._stand_in(gives))
         if found.node not in (None, self._nothing):
             self._begins[number] = found.node

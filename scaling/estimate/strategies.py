@@ -27,7 +27,7 @@ from scaling.estimate.rates import Rates, host_rate
 from scaling.hardware import Cluster
 from scaling.inventory import blocks, parameters
 from scaling.records import BatchPlan
-from scaling.spec.sections import DDP, FSDP, Decoder, DeepSpeed, Lora, Model, Recorded, Spec
+from scaling.spec.sections import DDP, FSDP, Decoder, DeepSpeed, Lora, Model, Spec
 
 OVERLAP_COST = 0.5
 """Of the time that communication runs beside computation, what the computation loses: it shares multiprocessors and
@@ -302,17 +302,9 @@ def _zero3(step: Step, backend: DeepSpeed) -> Costs:
     return Costs(exposed, steps * copied, update, waits, hooks)
 
 
+@cached
 def _modules(model: Model, lora: Lora | None) -> int:
     """Modules with parameters of their own in a block, the first."""
-    return _count_modules(model, lora) if isinstance(model, Recorded) else _known_modules(model, lora)
-
-
-@cached
-def _known_modules(model: Model, lora: Lora | None) -> int:
-    return _count_modules(model, lora)
-
-
-def _count_modules(model: Model, lora: Lora | None) -> int:
     first = f"{blocks(model)[0]}."
     return len({p.name.rpartition(".")[0] for p in parameters(model, lora) if p.name.startswith(first)})
 

@@ -236,6 +236,9 @@ class FactoryModel(Section):
     """File that `python -m scaling.inventory SPEC` writes once, and all else reads: names and shapes of the parameters,
     and what a step makes, keeps and frees. Relative to the working folder."""
 
+    def __hash__(self) -> int:
+        return hash((self.target, self.inventory))  # its arguments have none
+
 
 class HuggingFace(Section):
     """A causal language model by the transformers library, of any of its architectures whose code it has itself. It can
