@@ -201,6 +201,9 @@ class _Times:
     def validation(self, record: Any) -> None:
         pass
 
+    def event(self, event: Any) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -19,14 +19,25 @@ _REACH = 1024
 def resolve_batch(spec: Spec, world_size: int) -> BatchPlan:
     """The batch of `spec` on `world_size` data-parallel ranks, with the one size that is "auto" or absent filled in.
 
-    Raises UserError where the sizes do not multiply exactly, naming the nearest that do, and where the backend cannot
-    run on `world_size` ranks (see `check_world_size`).
+    Raises UserError where the sizes do not multiply exactly, naming the nearest that do, where the backend cannot run
+    on `world_size` ranks (see `check_world_size`), and where two sizes are open (see `is_open`).
     """
     check_world_size(spec, world_size)
     plan = _solve(spec, world_size)
     if plan is None:
         raise UserError(_refusal(spec, world_size))
+    if is_open(spec.batch):
+        raise UserError(
+            "`batch.micro_batch_size` must be a number here, but it and gradient_accumulation_steps are "
+            '"auto", which only training fills in, by trying; set `batch.micro_batch_size`, or take the numbers of '
+            "`python -m scaling.plan`"
+        )
     return plan
+
+
+def is_open(batch: Batch) -> bool:
+    """Whether micro-batch and accumulation are both to be found by what fits in memory."""
+    return _steps(batch) == (None, None)
 
 
 def check_world_size(spec: Spec, world_size: int) -> None:
@@ -83,10 +94,10 @@ def _solve(spec: Spec, world_size: int) -> BatchPlan | None:
         if whole is None:
             return None
     if whole is None:
-        assert micro is not None and accumulation is not None, "the spec leaves at most one size open"
+        assert micro is not None and accumulation is not None, "the spec gives two sizes where it leaves this one open"
         whole = micro * world_size * accumulation
     elif accumulation is None:
-        assert micro is not None, "the spec leaves at most one size open"
+        micro = 1 if micro is None else micro  # open both: the smallest, which works if any does
         accumulation = _exact(whole, micro * world_size)
     elif micro is None:
         micro = _exact(whole, world_size * accumulation)
@@ -130,6 +141,7 @@ def _refusal(spec: Spec, world_size: int) -> str:
         return f"{plan.global_tokens} tokens ({plan.sentence})" if in_tokens else plan.sentence
 
     names, numbers = " x ".join(name for name, _ in known), " x ".join(str(value) for _, value in known)
+    product = f"{names} = {numbers} = {unit}" if len(known) > 1 else f"{names} = {unit}"
     field = "batch.global_batch_tokens" if in_tokens else "batch.global_batch_size"
     multiple = "" if len(known) == len(factors) else "a multiple of "
     others = _changed(asked if not in_tokens else asked / length, micro, accumulation, world_size, length)
@@ -144,7 +156,7 @@ def _refusal(spec: Spec, world_size: int) -> str:
         sizes = _legal_near(world_size, lambda size: _is_legal(spec, size))
         if sizes:
             advice.append(f"or keep every size and start {' or '.join(str(size) for size in sizes)} processes")
-    return f"`{field}` must be {multiple}{names} = {numbers} = {unit}, but is {asked}; {'; '.join(advice)}"
+    return f"`{field}` must be {multiple}{product}, but is {asked}; {'; '.join(advice)}"
 
 
 def _factors(plan: BatchPlan) -> str:

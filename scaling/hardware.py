@@ -430,26 +430,27 @@ CALIBRATION = "calibration"
 """The key under which a `--hardware` file says where its rates come from."""
 
 
-def load_hardware(path: Path | str) -> GPU:
+def load_hardware(path: Path | str, *, option: str = "--hardware") -> GPU:
     """The GPU that a JSON file describes, an object with the fields of `GPU`: `--hardware FILE.json`.
 
     Only `name` must be there; what is missing is not known, hence None. An object "calibration", in which
-    `scaling.calibrate` says how it measured, is not looked into. Raises UserError where the file cannot be read, for an
-    unknown key (naming the nearest known one) and for a value that no such field can have.
+    `scaling.calibrate` says how it measured, is not looked into. Raises UserError, in which the file is that of
+    `option`, where it cannot be read, for an unknown key (naming the nearest known one) and for a value that no such
+    field can have.
     """
     try:
         found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a JSON or UTF-8 error is a ValueError
         raise UserError(
-            f"`--hardware` must name a JSON file, but {_short(str(path))} cannot be read as one: {error}; correct it"
+            f"`{option}` must name a JSON file, but {_short(str(path))} cannot be read as one: {error}; correct it"
         ) from None
     if not isinstance(found, dict):
         raise UserError(
-            f"`--hardware` must hold a JSON object, but {_short(str(path))} holds {type(found).__name__}; "
+            f"`{option}` must hold a JSON object, but {_short(str(path))} holds {type(found).__name__}; "
             'write {"name": ..., "bf16_flops": ..., ...}'
         )
     values = cast("dict[str, Any]", found)
-    problems = list(_hardware_problems(values))
+    problems = list(_hardware_problems(values, option))
     if problems:
         raise UserError("\n".join(problems))
     arguments: dict[str, Any] = {one.name: None for one in fields(GPU) if one.default is MISSING}
@@ -459,13 +460,30 @@ def load_hardware(path: Path | str) -> GPU:
     return GPU(**arguments)
 
 
-def _hardware_problems(values: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the fields of a `--hardware` file, a message each."""
+def gemm_ceiling(path: Path | str, precision: Literal["bf16", "fp16", "fp32"], device: str) -> float | None:
+    """FLOP/s of the fastest matrix product that `scaling.calibrate` measured at `precision`: of `profile.hardware`.
+
+    `device`: what the run is on, torch.cuda.get_device_name or "cpu". None where the file holds no such measurement.
+    Raises UserError where it cannot be read, or was measured on another device.
+    """
+    measured = load_hardware(path, option="profile.hardware").measured
+    found = measured.matmul_flops(precision)
+    of = "cpu" if measured.device_type == "cpu" else measured.device
+    if found is not None and of is not None and of != device:
+        raise UserError(
+            f"`profile.hardware` must be measured on what the run is on, {_short(device)}, but {_short(str(path))} is "
+            f"of {_short(of)}; measure this machine: python -m scaling.calibrate --out FILE"
+        )
+    return found
+
+
+def _hardware_problems(values: dict[str, Any], option: str) -> Iterator[str]:
+    """What is wrong with the fields of the file of `option`, a message each."""
     known = [*(one.name for one in fields(GPU)), CALIBRATION]
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            yield f"`--hardware` must have keys of the GPU table only, but has {_short(key)}; did you mean {near!r}?"
+            yield f"`{option}` must have keys of the GPU table only, but has {_short(key)}; did you mean {near!r}?"
         elif key in ("measured", CALIBRATION):
             if value is not None and not isinstance(value, dict):
                 yield f"`{key}` must be an object or null, but is {_short(str(value))}; correct it or drop it"
@@ -482,7 +500,7 @@ def _hardware_problems(values: dict[str, Any]) -> Iterator[str]:
         elif value is not None and not _is_rate(value):
             yield f"`{key}` must be a positive number or null, but is {_short(str(value))}; correct it or drop it"
     if "name" not in values:
-        yield "`name` must be in a `--hardware` file, but is absent; give the card a name"
+        yield f"`name` must be in a `{option}` file, but is absent; give the card a name"
     size = values.get("memory_bytes")
     if isinstance(size, float) and _is_rate(size) and not size.is_integer():
         yield f"`memory_bytes` must be a whole number, but is {size}; give bytes, not GiB"

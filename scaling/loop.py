@@ -73,7 +73,7 @@ def train(
         return any(step.stop for step in landed)
 
     while progress.step < course.last_step:
-        recorder.heartbeat.beat("step", progress.step + 1)
+        recorder.begin(progress.step + 1)
         _seed_step(course.seed, progress.step, process)
         lr = _set_learning_rates(engine.param_groups, lr_factor(course.schedule, progress.step, course.max_steps))
         with recorder.clock.phase("data"):
@@ -91,18 +91,19 @@ def train(
         if validates or stop or last or keeper.due(progress.step):
             # A state that is saved, or measured, must be known to be sound.
             stop = settled(recorder.drain()) or stop
-            with recorder.pause():
-                improved = False
-                if validates:
-                    recorder.heartbeat.beat("validation")
+            improved = False
+            if validates:
+                recorder.heartbeat.beat("validation")
+                with recorder.pause("validation"):
                     record = validate(progress.step)
                     recorder.validation(record)
-                    improved = progress.best is None or record.loss < progress.best[1]
-                    progress = replace(progress, best=(progress.step, record.loss)) if improved else progress
-                if stop and not last:
-                    _check_time(process, keeper, time_left(), progress.step)
-                if stop or last or keeper.due(progress.step) or (improved and course.save_best):
-                    recorder.heartbeat.beat("save")
+                improved = progress.best is None or record.loss < progress.best[1]
+                progress = replace(progress, best=(progress.step, record.loss)) if improved else progress
+            if stop and not last:
+                _check_time(process, keeper, time_left(), progress.step)
+            if stop or last or keeper.due(progress.step) or (improved and course.save_best):
+                recorder.heartbeat.beat("save")
+                with recorder.pause("checkpoint"):
                     keeper.save(engine, progress)
         if stop and not last:
             keeper.finish()
@@ -184,7 +185,7 @@ def measure_validation(
     total, terms = process.sum_over_ranks(sums.to(process.device)).tolist()
     loss = total / max(1.0, terms)
     bits_per_byte = None if bytes_per_token is None else loss / 0.6931471805599453 / bytes_per_token
-    return ValidationRecord(step, loss, bits_per_byte, int(terms), time.perf_counter() - began)
+    return ValidationRecord(step, loss, bits_per_byte, int(terms), time.perf_counter() - began, time.time())
 
 
 def _over_ranks(total: Tensor, requests: tuple[bool, bool], process: Process) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 IGNORED = -100
 """The target of a position that adds nothing to the loss: torch's own `ignore_index`, and Hugging Face's."""
@@ -89,18 +90,46 @@ class StepRecord:
     samples_seen: int
     """Sequences seen since the start of training: the place in the order of the data."""
     step_seconds: float
-    """Mean over the steps since the last record, pauses (validation) left out."""
+    """Mean over the steps since the last record, pauses (validation, checkpoints) left out."""
     tokens_per_second: float
     """Input tokens per second over all ranks, over the same steps."""
     tokens_per_second_per_device: float
+    samples_per_second: float
+    """Sequences per second over all ranks, over the same steps."""
     mfu: float | None
-    """Model FLOPs utilisation, 0 to 1; None for a device whose peak is not known."""
-    memory: dict[str, int | None]
-    """Bytes on rank 0: allocated and reserved peak since the last record, device and host."""
+    """Model FLOPs utilisation, 0 to 1, of the card's dense peak; None for a device whose peak is not known."""
+    mfu_of_mamf: float | None
+    """The same of the fastest matrix product that `scaling.calibrate` measured (its maximum achievable matmul FLOP/s);
+    None where `profile.hardware` names no such measurement."""
+    memory: dict[str, Any]
+    """On rank 0 since the last record, bytes: "allocated_peak_bytes", "active_peak_bytes", "reserved_peak_bytes",
+    "device_used_bytes" (all processes), "process_used_bytes" (this one, where the driver says), "host_rss_bytes",
+    "host_pinned_bytes"; "fragmentation" (0 to 1: the share of the reserved peak that the active peak leaves);
+    "allocation_retries" and "out_of_memory_count" since the process began; "phases" {phase: allocated peak of the
+    recorded step}. None where it cannot be known."""
     time: dict[str, float | None]
-    """Seconds of the recorded step by phase."""
-    device: dict[str, float | None]
-    """Utilisation, power and temperature of rank 0's GPU."""
+    """Seconds of a step by phase, which add up to `step_seconds`: the mean over the steps since the last record on a
+    CPU, the recorded step on a GPU. "communication" is what the rank waited for others, taken out of the phase in which
+    it did; None where that cannot be known, and then it is within the phases."""
+    pauses: dict[str, float]
+    """Seconds since the last record that training stood still, by reason: "validation", "checkpoint"; "profiling" has
+    the steps that were slowed by `profile.trace_steps` or `profile.memory_step`, which no other time is of."""
+    device: dict[str, Any]
+    """Rank 0's GPU since the last record: "utilization" (0 to 1), "power_watts", "temperature_c" (highest),
+    "clock_mhz", "max_clock_mhz", "throttle" [reasons], "ecc_errors", "xid_errors" (new ones)."""
+    energy: dict[str, float | None]
+    """Of the GPUs of all ranks: "joules_per_step", "joules_per_million_tokens"."""
+    ranks: dict[str, Any] | None
+    """None for one rank. "count"; "of" {quantity: {"min", "mean", "max", "lowest" rank, "highest" rank}} for the phases
+    of `time`, "busy" (their sum without communication), "allocated_peak_bytes", "host_rss_bytes", "temperature_c",
+    "clock_mhz", "power_watts", as far as they are known; "slowest" and "fastest" {"rank", "host", "device", "seconds"}
+    by "busy", None where communication is not known and every rank waits for the slowest within its phases."""
+    window_steps: int
+    """The steps that times are of: those since the last record, without the first two of a start."""
+    warm_up: bool
+    """They are the first two of a start, which compile and fill caches, or a step that was traced: not for averages."""
+    wall_time: float
+    """When the record was made: seconds since 1970, as the clock of rank 0 has it."""
     skipped: bool
     """The update was not applied on any rank, because the loss or the gradient was not finite."""
     first_sample: int
@@ -122,6 +151,23 @@ class ValidationRecord:
     tokens: int
     """Target tokens of the validation set; of actions their numbers, padding left out."""
     seconds: float
+    wall_time: float
+    """When it ended: seconds since 1970, as the clock of rank 0 has it."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a run as a whole: a line of events.jsonl."""
+
+    event: str
+    """"start" (of a process group, a resumed one too), "checkpoint", "checkpoint_failed", "rollback", "end"."""
+    wall_time: float
+    """Seconds since 1970, as the clock of rank 0 has it."""
+    step: int | None
+    """Optimizer steps done."""
+    details: dict[str, Any] = field(default_factory=dict[str, Any])
+    """start: "world_size", "backend", "hosts"; checkpoint: "seconds", "bytes", "stall_seconds"; end: "code",
+    "reason", "rank"."""
 
 
 @dataclass

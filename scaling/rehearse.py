@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_command
 from scaling.estimate.memory import MemoryModel
@@ -34,13 +34,11 @@ from scaling.run_folder import environment
 from scaling.spec import Spec, load_spec
 from scaling.spec.sections import Decoder, Recorded, Vla
 from scaling.units import format_bytes, format_seconds
+from scaling.watch.exhausted import Exhausted
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from scaling.data.dataset import MicroBatch, Samples
     from scaling.engine.process import Process
-    from scaling.engine.protocol import Engine
     from scaling.profile.meter import MemoryMeter
 
 
@@ -83,15 +81,31 @@ def _rehearse_cell(cell: dict[str, Any], steps: int, allow_import: Sequence[str]
     return rehearse(job, cell.get("steps", steps))
 
 
-def apart(work: Callable[..., dict[str, Any]], *arguments: Any, preload: Sequence[str] = ()) -> dict[str, Any]:
-    """What `work` returns in a process of its own. Raises its UserError; ChildProcessError where it ends otherwise.
+class ProcessEnded(ChildProcessError):
+    """A process did not come to return anything."""
 
-    `preload`: further modules that it and later ones need.
+    def __init__(self, code: int | None) -> None:
+        super().__init__(f"the process ended with exit code {code}")
+        self.code = code
+        """As multiprocessing has it: less than 0 for a signal."""
+
+
+def apart(
+    work: Callable[..., dict[str, Any]],
+    *arguments: Any,
+    preload: Sequence[str] = (),
+    method: Literal["forkserver", "spawn"] = "forkserver",
+) -> dict[str, Any]:
+    """What `work` returns in a process of its own. Raises its UserError, and ProcessEnded where it ends otherwise.
+
+    `preload`: further modules that it and later ones need. "spawn" leaves nothing behind: where there are few.
     """
-    # A server that has imported torch, and nothing that looks for a GPU, is forked for each.
-    context = multiprocessing.get_context("forkserver")
-    modules = ["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop", *preload]
-    context.set_forkserver_preload(modules)
+    context = multiprocessing.get_context("spawn")
+    if method == "forkserver":
+        # A server that has imported torch, and nothing that looks for a GPU, is forked for each.
+        context = multiprocessing.get_context("forkserver")
+        modules = ["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop", *preload]
+        context.set_forkserver_preload(modules)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, work, arguments))
     process.start()
@@ -100,7 +114,7 @@ def apart(work: Callable[..., dict[str, Any]], *arguments: Any, preload: Sequenc
         found, problem = receiver.recv()
     except EOFError:
         process.join()
-        raise ChildProcessError(f"the process ended with exit code {process.exitcode}") from None
+        raise ProcessEnded(process.exitcode) from None
     process.join()
     if problem is not None:
         raise UserError(problem)
@@ -145,8 +159,6 @@ def rehearse(job: Job, steps: int) -> dict[str, Any]:
     In a process that has no process group, and will have no other afterwards. Raises DoesNotFit where this device has
     not enough memory.
     """
-    import torch
-
     from scaling.engine.build import import_backend
     from scaling.engine.process import rehearsed_process
     from scaling.profile.meter import build_meter
@@ -157,10 +169,10 @@ def rehearse(job: Job, steps: int) -> dict[str, Any]:
         try:
             with meter:
                 seconds = take_steps(job, process, meter, steps)
-        except torch.OutOfMemoryError as error:
+        except Exhausted as error:
             raise DoesNotFit(
                 f"`batch.micro_batch_size` must be one that fits in memory, but {job.plan.micro_batch} does not "
-                f"({str(error).splitlines()[0]}); lower it, or shard over more ranks"
+                f"({error.message}); lower it, or shard over more ranks"
             ) from None
         on_gpu = process.device.type == "cuda"
         gpu = gpu_from_device_name(device_name(process))
@@ -216,25 +228,28 @@ def take_steps(
 ) -> list[float]:
     """Build the engine and take steps of it on made-up samples; the seconds of each.
 
-    With `micro_steps` each step takes no more than so many of its micro-batches; all of them are there.
+    With `micro_steps` each step takes no more than so many of its micro-batches; all of them are there. Raises
+    Exhausted where this device has not enough memory.
     """
     import torch
 
     from scaling.engine.build import build_engine
+    from scaling.labels import labelled
     from scaling.loop import train_step
     from scaling.models.build import model_recipe
     from scaling.objectives import build_objective
+    from scaling.profile.stock import taking_stock
 
     spec = job.spec
     objective = build_objective(spec.objective, job.allow_import, from_logits=isinstance(spec.model, Recorded))
     recipe = model_recipe(spec, job.allow_import)
-    with meter.phase("build"):
+    with meter.phase("build"), taking_stock("build", process.device):
         engine = build_engine(spec, job.rendered, recipe, job.groups, process)
         with meter.category("optimizer"), engine.loading(engine.counters()):
             pass
     seconds: list[float] = []
-    with contextlib.closing(engine), no_gc():
-        _label_state(engine, meter)
+    stock = taking_stock("first_step", process.device, engine)
+    with contextlib.closing(engine), stock, no_gc(), labelled(engine, meter):
         engine.module.train()
         for _ in range(steps):
             gc.collect()
@@ -256,45 +271,6 @@ def no_gc() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _label_state(engine: "Engine", meter: "MemoryMeter") -> None:
-    """Say what the engine has built: parameters, optimizer; what else it holds are buffers for communication."""
-    from torch.distributed.tensor import DTensor
-
-    from scaling.models.decoder import Head
-
-    def take_gradient(parameter: "Tensor") -> None:
-        if parameter.grad is not None:
-            # ZeRO's and DDP's gradients may be views of buckets, which are another matter; FSDP2's shards are not.
-            of = ("activations", "workspace", *(("communication",) if isinstance(parameter, DTensor) else ()))
-            meter.label("gradients", [parameter.grad], of=of)
-
-    meter.label_rest("communication")
-    meter.label("optimizer", (shard.values for shard in engine.state()))
-    parameters = list(engine.module.parameters())
-    meter.label("parameters", (getattr(parameter, "ds_tensor", parameter).detach() for parameter in parameters))
-    meter.label("gradients", _flat_gradients(engine.module))
-    for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(take_gradient)
-    for head in (module for module in engine.module.modules() if isinstance(module, Head)):
-        head.forward = _within(head.forward, meter)
-
-
-def _flat_gradients(module: Any) -> "Iterable[Tensor]":
-    """What DeepSpeed adds gradients up in, where that is there from the start: stage 1 in bf16, stage 3."""
-    optimizer = getattr(module, "optimizer", None)
-    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
-    return getattr(optimizer, "fp32_groups_gradients_flat", []) if flat is None else [flat]
-
-
-def _within(forward: "Callable[..., Tensor]", meter: "MemoryMeter") -> "Callable[..., Tensor]":
-    def call(*inputs: "Tensor") -> "Tensor":
-        with meter.category("logits"):
-            return forward(*inputs)
-
-    return call
 
 
 def _micro_batches(job: Job, meter: "MemoryMeter") -> "list[Samples]":

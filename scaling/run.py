@@ -2,9 +2,11 @@
 
 import gc
 import logging
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,13 @@ from scaling.batch import resolve_batch
 from scaling.errors import CheckpointError, UserError
 from scaling.estimate.flops import train_flops_per_token
 from scaling.groups import Group, resolve_groups
-from scaling.hardware import gpu_from_device_name
+from scaling.hardware import gemm_ceiling, gpu_from_device_name
 from scaling.imports import check_allowed
 from scaling.inventory import parameters
 from scaling.records import BatchPlan, Progress, ValidationRecord
-from scaling.redact import redacted_json
+from scaling.redact import redacted, redacted_json
 from scaling.render import render
-from scaling.run_folder import CHECKPOINTS, METRICS, count_start, versions
+from scaling.run_folder import CHECKPOINTS, MEMORY, METRICS, SNAPSHOTS, count_start, versions
 from scaling.schedule import check_schedule, lr_scale
 from scaling.spec import Spec
 from scaling.spec.sections import Factory, FactoryModel, Recorded
@@ -31,7 +33,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused befo
     from scaling.engine.process import Process
     from scaling.engine.protocol import Engine
     from scaling.objectives import Objective
-    from scaling.profile.recorder import Recorder
+    from scaling.profile.observers import Observer
+    from scaling.profile.recorder import Recorder, Yardsticks
     from scaling.profile.sinks import Sink
 
 logger = logging.getLogger("scaling")
@@ -88,7 +91,7 @@ def run(
     """Train `job` in this process group, on every rank alike, up to step `stop_after` of its schedule (default: all).
 
     Returns the number of steps done. Without `resume` nothing is read or saved; `heartbeat` hears where in the run it
-    is. Raises UserError and its kin, and torch's OutOfMemoryError.
+    is. Raises UserError and its kin, and Exhausted where memory runs out once the engine is being built.
     """
     spec = job.spec
     if isinstance(spec.model, Recorded):
@@ -100,7 +103,9 @@ def run(
     from scaling.engine.build import build_engine
     from scaling.models.build import model_recipe
     from scaling.objectives import build_objective
+    from scaling.profile.stock import taking_stock
 
+    sticks = yardsticks(job, process)
     objective = build_objective(spec.objective, job.allow_import)
     dataset, held_out = build_datasets(spec)
     max_steps = _number_of_steps(spec, job.plan, len(dataset))
@@ -109,12 +114,20 @@ def run(
     start = None if resume is None else _starting_point(job, process, resume, identity)
     weights = _initial_weights(spec, process) if start is None else None
     recipe = model_recipe(spec)
-    engine = build_engine(spec, job.rendered, recipe, job.groups, process)
-    with closing(engine):
-        progress = _first_state(engine, start, weights)
+    with taking_stock("build", process.device):
+        engine = build_engine(spec, job.rendered, recipe, job.groups, process)
+    snapshot = _memory_snapshot(job, process, resume)
+    with closing(engine), taking_stock("save", process.device, engine, snapshot):
+        with taking_stock("build" if start is None else "restore", process.device, engine, snapshot):
+            progress = _first_state(engine, start, weights)
         with closing(_keeper(job, process, engine, resume, identity)) as keeper:
-            recorder = _recorder(job, process, sinks, progress.step, last_step, heartbeat)
-            with closing(recorder), _spared_by_gc():
+            folder = None if resume is None else resume.folder
+            observers = _observers(job, process, engine, keeper, folder, progress.step)
+            recorder = make_recorder(
+                job, process, engine, sinks, observers, sticks, progress.step, last_step, heartbeat
+            )
+            course = _course(job, process, recorder, progress.step, last_step)
+            with closing(recorder), course, _told_to(keeper, recorder), _spared_by_gc():
                 _train(
                     job,
                     process,
@@ -129,6 +142,39 @@ def run(
                     time_left,
                 )
     return max(last_step, progress.step)
+
+
+def _memory_snapshot(job: Job, process: "Process", resume: Resume | None) -> Path | None:
+    """Where the allocator's snapshot goes when memory runs out; None where the spec asks for none."""
+    if resume is None or not job.spec.profile.memory_snapshot:
+        return None
+    return resume.folder / SNAPSHOTS / f"oom-rank{process.rank}.pickle"
+
+
+@contextmanager
+def _told_to(keeper: "Checkpoints | NoCheckpoints", recorder: "Recorder") -> Iterator[None]:
+    """Have the recorder hear of saves, as long as it writes."""
+    nobody, keeper.tell = keeper.tell, recorder.event
+    try:
+        yield
+    finally:
+        keeper.tell = nobody
+
+
+@contextmanager
+def _course(job: Job, process: "Process", recorder: "Recorder", first_step: int, last_step: int) -> Iterator[None]:
+    """Write that the run starts, after `first_step` steps, and how it ends, as far as this process can tell."""
+    hosts = list(dict.fromkeys(process.gather_objects(socket.gethostname())))
+    backend = job.spec.backend.model_dump(mode="json", exclude_defaults=True)
+    recorder.event("start", first_step, world_size=process.world_size, backend=backend, hosts=hosts)
+    try:
+        yield
+    except Exception as error:
+        code = error.code if isinstance(error, UserError) else 1
+        step = error.step if isinstance(error, UserError) else None
+        recorder.event("end", step, code=code, reason=redacted(f"{type(error).__name__}: {error}"), rank=0)
+        raise
+    recorder.event("end", last_step, code=0, reason="done", rank=0)
 
 
 @contextmanager
@@ -204,6 +250,7 @@ def _train(
             return
         except GoBack as back:
             recorder.forget()
+            recorder.event("rollback", back.step)
             passed_over.add(back.first_sample)
             progress = replace(keeper.go_back(engine), skipped=tuple(sorted(passed_over)))
             logger.warning(f"going back to step {progress.step}; the samples of step {back.step} will be passed over")
@@ -236,27 +283,64 @@ def _validator(
     return validate
 
 
-def _recorder(
+def make_recorder(
     job: Job,
     process: "Process",
+    engine: "Engine",
     sinks: "Sequence[Sink]",
+    observers: "Sequence[Observer]",
+    yardsticks: "Yardsticks",
     first_step: int,
     last_step: int,
     heartbeat: Heartbeat | None,
 ) -> "Recorder":
+    """The recorder of a run on this rank; a collective call."""
     from scaling.profile.recorder import Recorder
+    from scaling.profile.waits import NullWaits, Waits
 
+    # On a GPU the host launches collectives and goes on.
+    seen = process.device.type == "cpu" and not engine.waits_below_python
+    profile = job.spec.profile
     return Recorder(
         sinks,
         job.plan,
-        process.device,
-        interval=job.spec.profile.interval,
+        process,
+        yardsticks,
+        interval=profile.interval,
         first_step=first_step,
         last_step=last_step,
-        flops_per_token=_flops_per_token(job),
-        peak_flops=_peak_flops(job.spec, process),
         heartbeat=heartbeat,
+        waits=Waits() if seen else NullWaits(),
+        device_interval_s=profile.device_interval,
+        observers=observers,
     )
+
+
+def _observers(
+    job: Job,
+    process: "Process",
+    engine: "Engine",
+    keeper: "Checkpoints | NoCheckpoints",
+    folder: Path | None,
+    first_step: int,
+) -> "list[Observer]":
+    """What the spec wants to have looked at, of the steps to come; nothing where there is no folder to write to."""
+    from scaling.labels import labelled_in_midst
+    from scaling.profile.observers import Attribution, SnapshotWriter, Tracer
+
+    profile, rank, device = job.spec.profile, process.rank, process.device
+    found: list[Observer] = []
+    if folder is None:
+        return found
+    if profile.memory_snapshot and device.type == "cuda":
+        found.append(SnapshotWriter(folder, rank, first_step + profile.interval))
+    if profile.trace_steps is not None and first_step < profile.trace_steps[1]:
+        found.append(Tracer(folder, rank, device, *profile.trace_steps))
+    if profile.memory_step is not None:
+        labelled = partial(labelled_in_midst, engine, apart=keeper.staging)
+        path = folder / MEMORY if process.is_main else None
+        found.append(Attribution(path, device, profile.memory_step, lambda meter: labelled(meter=meter)))
+    return found
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -386,6 +470,15 @@ def _number_of_steps(spec: Spec, plan: BatchPlan, samples: int) -> int:
         )
     check_schedule(spec.schedule, steps)
     return steps
+
+
+def yardsticks(job: Job, process: "Process") -> "Yardsticks":
+    """What the speed of the run is told against. Raises UserError where `profile.hardware` is of no use."""
+    from scaling.profile.recorder import Yardsticks
+
+    path, device = job.spec.profile.hardware, device_name(process)
+    measured = None if path is None else gemm_ceiling(path, job.spec.precision, device)
+    return Yardsticks(_flops_per_token(job), _peak_flops(job.spec, process), measured)
 
 
 def _flops_per_token(job: Job) -> float:

@@ -19,7 +19,8 @@ from scaling.errors import NoProgress, StorageError
 from scaling.redact import redacted, redacted_json
 from scaling.spec.scan import quoted
 
-METRICS, VALIDATION, EXIT = "metrics.jsonl", "validation.jsonl", "exit.json"
+METRICS, VALIDATION, EVENTS, EXIT = "metrics.jsonl", "validation.jsonl", "events.jsonl", "exit.json"
+MEMORY, OOM, SNAPSHOTS = "memory.json", "oom.json", "memory"
 LOCK, RESTARTS, CHECKPOINTS = "run.lock", "restarts.json", "checkpoints"
 PACKAGES = ("scaling", "torch", "deepspeed", "pydantic", "numpy", "tokenizers")
 
@@ -49,9 +50,11 @@ def open_run_folder(folder: Path, *, resume: str, saves: bool) -> "RunLock":
                 f"`--run-dir` must be a folder without a run in it, but {quoted(str(folder), limit=200)} has "
                 f"{METRICS}{why}; name another folder, or move that one away"
             )
-        (folder / EXIT).unlink(missing_ok=True)
+        for name in (EXIT, OOM):  # of an earlier start
+            (folder / name).unlink(missing_ok=True)
         mend_lines(folder / METRICS)
         mend_lines(folder / VALIDATION)
+        mend_lines(folder / EVENTS)
         (folder / METRICS).touch()
         if saves:  # found out now, not at the first save
             probe = folder / CHECKPOINTS / ".incomplete-probe"

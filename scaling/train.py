@@ -6,21 +6,34 @@ import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
-from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from scaling.batch import is_open
 from scaling.checkpoint.compare import ORDER
-from scaling.errors import CommandLine, DoesNotFit, RankDied, Stopped, UserError, positive, run_command
+from scaling.errors import (
+    CommandLine,
+    DoesNotFit,
+    NonFinite,
+    RankDied,
+    Stopped,
+    StorageError,
+    UserError,
+    positive,
+    run_command,
+)
 from scaling.groups import empty_groups
 from scaling.imports import add_allow_import
+from scaling.profile.sinks import check_tracking
 from scaling.redact import redacted
 from scaling.run import Job, Resume, device_name, resolve, run
-from scaling.run_folder import LogFormatter, RunLock, environment, log_to, open_run_folder, write_exit, write_json
-from scaling.spec import load_spec
+from scaling.run_folder import OOM, LogFormatter, RunLock, environment, log_to, open_run_folder, write_exit, write_json
+from scaling.spec import Spec, load_spec
 from scaling.units import format_bytes, format_seconds
 from scaling.view import as_text, batch_line, groups_table
+from scaling.watch.exhausted import Exhausted, is_exhausted, message_of
 from scaling.watch.outcome import Outcome
 from scaling.watch.peers import is_lost_peer
 from scaling.watch.signals import StopRequest, die_with_parent
@@ -37,16 +50,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of launch/train.py; returns the exit code."""
     try:
         options = _parser().parse_args(arguments)
-        spec = load_spec(options.spec, options.set)
-        job = resolve(spec, _announced("WORLD_SIZE", 1), options.allow_import)
+        spec, world_size = load_spec(options.spec, options.set), _announced("WORLD_SIZE", 1)
+        job = resolve(_with_numbers(spec, world_size), world_size, options.allow_import)
+        check_tracking(spec)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank found the same
             print(error, file=sys.stderr)
         return error.code
-    return _train(job, options)
+    return _train(job, options, spec)
 
 
-def _train(job: Job, options: Namespace) -> int:
+def _with_numbers(spec: Spec, world_size: int) -> Spec:
+    """`spec`, with the smallest micro-batch where its size is still to be found."""
+    if not is_open(spec.batch):
+        return spec
+    from scaling.fit import smallest  # with all of the planner, which few runs need
+
+    return smallest(spec, world_size)
+
+
+def _train(job: Job, options: Namespace, spec: Spec) -> int:
+    """`spec`: as it was given. Where its batch is open the job has the smallest micro-batch so far."""
     from scaling.engine.process import process_from_environment
 
     folder = None if options.dry_run else Path(options.run_dir or f"runs/{job.spec.name}")
@@ -65,10 +89,12 @@ def _train(job: Job, options: Namespace) -> int:
                     if lock := _open_run_folder(folder, job, process, options.resume, predicted):
                         held.enter_context(closing(lock))
                     watch.open(folder, _name_attempt(process), process.world_size)
+                if is_open(spec.batch):
+                    job, predicted = _fitted(spec, job, process, folder, options, watch)
                 if process.is_main:
                     _show(job, process, predicted)
                 try:
-                    step = _run_guarded(job, process, folder, options, watch, stop)
+                    step = _run_guarded(job, process, folder, predicted, options, watch, stop)
                 finally:
                     if isinstance(sys.exc_info()[1], Stopped):
                         stop.done()  # what a launcher sends from now on is its way to end the others
@@ -77,9 +103,16 @@ def _train(job: Job, options: Namespace) -> int:
                 write_exit(folder, code=error.code, reason=str(error), rank=0, step=error.step)
                 print(f"{error}; run the same command again to go on")
             return error.code
+        except _Ended as ended:
+            return ended.code
         except UserError as error:
-            return _end(error, watch)
+            code = _end(error, watch)
+            if isinstance(error, NonFinite) and watch.rank == 0 and folder is not None:
+                _advise(folder)
+            return code
         except Exception as error:  # a bug, of ours or below us: its traceback goes to the terminal and to the log
+            if is_exhausted(error):  # before there was a model: whoever holds the memory, it is not this run
+                return _end(_no_room(error), watch)
             logger.exception("the run ended with an error")
             with suppress(OSError):  # a full disk has no room for exit.json either
                 watch.settle(Outcome(1, redacted(f"{type(error).__name__}: {error}"), watch.rank, None))
@@ -87,8 +120,17 @@ def _train(job: Job, options: Namespace) -> int:
         if watch.rank == 0:
             if folder is not None:
                 write_exit(folder, code=0, reason="done", rank=0, step=step)
+                _advise(folder)
             print(f"done: {folder}" if folder else "dry run done: the spec is valid, the model takes a step")
     return 0
+
+
+def _advise(folder: Path) -> None:
+    """Say what the doctor finds wrong with the run that ends."""
+    from scaling.doctor import at_end
+
+    for line in at_end(folder):
+        logger.info(line)
 
 
 def _acknowledge(received: signal.Signals, watch: Watch) -> None:
@@ -99,16 +141,21 @@ def _acknowledge(received: signal.Signals, watch: Watch) -> None:
 
 def _end(error: UserError, watch: Watch) -> int:
     """Say why the run ends, once over all ranks; returns the exit code."""
+    return _settle(error, watch)[0]
+
+
+def _settle(error: UserError, watch: Watch) -> tuple[int, bool]:
+    """As `_end`; and whether it is this error that the run ends with, as far as this rank tells it."""
     rank = watch.rank
     if rank and error.shared:
-        return error.code
+        return error.code, False
     at_fault = rank if error.rank is None else error.rank
     outcome, first = Outcome(error.code, redacted(str(error)), at_fault, error.step), True
     with suppress(OSError):  # a full disk has no room for exit.json either
         outcome, first = watch.settle(outcome, ask_others=isinstance(error, RankDied))
     if first:
         print(f"[rank {rank}] {error}" if rank else error, file=sys.stderr)
-    return outcome.code
+    return outcome.code, first
 
 
 _WATCHDOG_FIRST_S = 600.0
@@ -116,18 +163,21 @@ _WATCHDOG_FIRST_S = 600.0
 
 
 def _run_guarded(
-    job: Job, process: "Process", folder: Path | None, options: Namespace, watch: Watch, stop: StopRequest
+    job: Job,
+    process: "Process",
+    folder: Path | None,
+    predicted: dict[str, Any],
+    options: Namespace,
+    watch: Watch,
+    stop: StopRequest,
 ) -> int:
     """`run`, with an exhausted memory and the death of another rank told as the user's matter."""
-    import torch
-
-    from scaling.profile.sinks import JsonLines, TensorBoard, Terminal
+    from scaling.profile.sinks import build_sinks
 
     sinks: list[Sink] = []
     if process.is_main and folder is not None:
-        sinks = [JsonLines(folder), Terminal()]
-        sinks += [TensorBoard(folder)] if job.spec.tracking.tensorboard else []
-    try:
+        sinks = build_sinks(job.spec, folder, predicted, plain=options.plain)
+    with _telling_of_memory(lambda: job, process, folder, watch):
         return run(
             job,
             process,
@@ -138,20 +188,86 @@ def _run_guarded(
             stop_requested=lambda: stop.requested,
             time_left=lambda: stop.time_left(job.spec.checkpoint.grace if job.spec.checkpoint else None),
         )
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+
+
+def _fitted(
+    spec: Spec, job: Job, process: "Process", folder: Path | None, options: Namespace, watch: Watch
+) -> tuple[Job, dict[str, Any]]:
+    """The job with the sizes that a step has confirmed, and its estimate on rank 0; the run folder says the same."""
+    from scaling.fit import fit
+
+    tried, predicted = [job], {}
+
+    def write() -> None:
+        nonlocal predicted
+        predicted = _predicted(tried[-1], process)
+        if folder is not None:
+            _write_job(folder, tried[-1], predicted)
+
+    def begin(next_job: Job) -> None:
+        tried.append(next_job)
+        process.on_main(write)
+
+    with _telling_of_memory(lambda: tried[-1], process, folder, watch):
+        return fit(spec, process, begin, options.allow_import), predicted
+
+
+class _Ended(Exception):
+    """How the run ends is told already."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@contextmanager
+def _telling_of_memory(job: Callable[[], Job], process: "Process", folder: Path | None, watch: Watch) -> Iterator[None]:
+    """Where memory runs out inside, write the post-mortem and say so; a lost peer becomes RankDied."""
+    from scaling.profile.stock import take_stock
+
+    try:
+        yield
+        return
+    except (Exhausted, RuntimeError, MemoryError, OSError) as error:
         if is_lost_peer(error):
             raise RankDied(
                 f"the ranks must live until the run ends, but rank {process.rank} has lost another one in "
                 f"{watch.place}; run the same command again to go on from the newest checkpoint"
             ) from None
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        if not isinstance(error, Exhausted) and not is_exhausted(error):
             raise
-        plan = job.plan
-        raise DoesNotFit(
-            f"`batch.micro_batch_size` must be one that fits in memory, but {plan.micro_batch} does not on "
-            f"{process.device} ({str(error).splitlines()[0]}); lower it (accumulation makes up for it), set "
-            '`activation_checkpointing` to "full", or shard more'
-        ) from None
+        exhausted = error if isinstance(error, Exhausted) else take_stock(error, "build", process.device)
+    # At once, before this rank leaves the process group: others that lose it then find the reason.
+    raise _Ended(_tell_of_memory(job(), process, folder, watch, exhausted))
+
+
+def _no_room(error: Exception) -> DoesNotFit:
+    return DoesNotFit(
+        f"memory must be free for the run to start, but there was too little ({message_of(error)}); "
+        "look at what else runs on this machine"
+    )
+
+
+def _tell_of_memory(job: Job, process: "Process", folder: Path | None, watch: Watch, exhausted: Exhausted) -> int:
+    """Write the post-mortem, if no other rank has ended the run before; returns the exit code."""
+    from scaling.postmortem import Case, facts, message, place_of, post_mortem
+
+    beat, per_node = watch.beat, _announced("LOCAL_WORLD_SIZE", process.world_size)
+    place, step = place_of(beat.phase, exhausted.stage), beat.step or None
+    watch.heartbeat.beat("closing")  # this rank is on its way out, and takes the time that it needs
+    rank = process.rank if exhausted.rank is None else exhausted.rank
+    name, device = device_name(process), str(process.device)
+    case = Case(job.spec, job.plan, job.groups, job.rendered, name, per_node, place, step, rank, device, exhausted)
+    found = facts(case)
+    with suppress(Exception):  # whatever fails in finding out more, what is known is told
+        found = post_mortem(case)
+    error = DoesNotFit(message(case, found))
+    error.step, error.rank, error.shared = step, rank, exhausted.rank is not None
+    code, first = _settle(error, watch)
+    if first and folder is not None:
+        with suppress(StorageError):
+            write_json(folder / OOM, found)
+    return code
 
 
 def _collective() -> dict[str, Any]:
@@ -192,6 +308,7 @@ def _parser() -> CommandLine:
         choices=sorted(ORDER),
         help=f"resume although FIELD ({', '.join(ORDER)}) is not as in the checkpoint; repeatable",
     )
+    parser.add_argument("--plain", action="store_true", help="lines in place of the live view, on a terminal too")
     parser.add_argument("--stop-after", type=positive, metavar="STEP", help="save after this step and end")
     parser.add_argument("--dry-run", action="store_true", help="validate, build, take one step, write nothing")
     add_allow_import(parser)
@@ -234,15 +351,19 @@ def _open_run_folder(
 
     def enter() -> RunLock:
         lock = open_run_folder(folder, resume=resume, saves=job.spec.checkpoint is not None)
-        write_json(folder / "spec.json", job.spec.to_json())
-        write_json(folder / "rendered.json", job.rendered)
+        _write_job(folder, job, predicted)
         write_json(folder / "environment.json", environment(process.world_size, device_name(process)))
-        write_json(folder / "plan.json", predicted)
         return lock
 
     lock = process.on_main(enter)
     log_to(folder, process.rank)
     return lock
+
+
+def _write_job(folder: Path, job: Job, predicted: dict[str, Any]) -> None:
+    write_json(folder / "spec.json", job.spec.to_json())
+    write_json(folder / "rendered.json", job.rendered)
+    write_json(folder / "plan.json", predicted)
 
 
 def _predicted(job: Job, process: "Process") -> dict[str, Any]:

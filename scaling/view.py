@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -199,6 +199,24 @@ class Sheet:
     """Headings; one that begins with ">" is of numbers, set to the right."""
     rows: Sequence[Sequence[str | Bar]]
     caption: str = ""
+
+
+Line = Sequence[tuple[str, str]]
+"""A line of prose as texts with their styles, as rich names them ("bold red"); "" is plain."""
+
+
+def print_lines(lines: Iterable[Line]) -> None:
+    """Show lines on standard output: in colour on a terminal, else as they are, for which rich is not loaded."""
+    if not sys.stdout.isatty():
+        for line in lines:
+            print("".join(text for text, _ in line).rstrip())
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for line in lines:
+        console.print(Text.assemble(*line), soft_wrap=True)
 
 
 def print_sheet(sheet: Sheet) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "scaling")
 ABSENT = ("torch", "numpy", "deepspeed", "tokenizers", "transformers")
+SUFFIXES = (".json", ".html", ".css", ".js")
+"""Of the data files in the package."""
 COMMANDS = (
     "scaling.spec schema",
     "scaling.spec validate gpt2-124m",
@@ -72,7 +74,7 @@ def check_installed(python: Path, folder: Path) -> None:
     require(not heavy, f"the core dependencies must do without {heavy}, but bring it")
     package = Path(where)
     require(package.is_relative_to(folder), f"the installed package must be imported, but {package} was")
-    files = sorted(path for path in (CHECKOUT / "scaling").rglob("*") if path.suffix in (".json", ".html"))
+    files = sorted(path for path in (CHECKOUT / "scaling").rglob("*") if path.suffix in SUFFIXES)
     data = [path.relative_to(CHECKOUT) for path in files]
     missing = [str(path) for path in data if not (package.parent / path).is_file()]
     require(bool(data) and not missing, f"the wheel must hold all of {len(data)} data files, but lacks {missing}")

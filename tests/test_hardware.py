@@ -1,9 +1,11 @@
 """The GPU table: names are found, unknown ones never guessed, and the numbers are plausible."""
 
+import json
+
 import pytest
 
 from scaling.errors import UserError
-from scaling.hardware import GPUS, find_gpu, gpu_from_device_name, parse_gpus
+from scaling.hardware import GPUS, find_gpu, gemm_ceiling, gpu_from_device_name, parse_gpus
 
 
 @pytest.mark.parametrize(
@@ -129,3 +131,49 @@ def test_refused(text: str, words: str) -> None:
         parse_gpus(text)
     assert words in str(caught.value), str(caught.value)
     assert str(caught.value).startswith("`--gpus` must ") and len(str(caught.value)) < 700
+
+
+H200 = {"device": "NVIDIA H200", "device_type": "cuda", "bf16_matmul_flops": 750e12, "fp32_matmul_flops": None}
+CPU = {"device": "some processor", "device_type": "cpu", "bf16_matmul_flops": 1e11, "fp32_matmul_flops": 2e11}
+
+
+def hardware(path, measured):
+    path.write_text(json.dumps({"name": "any", "bf16_flops": 989e12, "matmul_flops": 794e12, "measured": measured}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("measured", "precision", "device", "ceiling"),
+    [
+        (H200, "bf16", "NVIDIA H200", 750e12),
+        (H200, "fp32", "NVIDIA H200", None),
+        (H200, "fp16", "NVIDIA H200", None),
+        (CPU, "bf16", "cpu", 1e11),
+        (CPU, "fp32", "cpu", 2e11),
+        (None, "bf16", "NVIDIA H200", None),
+        ({"bf16_matmul_flops": 7e14}, "bf16", "NVIDIA H200", 7e14),
+    ],
+)
+def test_the_ceiling_is_what_was_measured_and_nothing_else(tmp_path, measured, precision, device, ceiling):
+    assert gemm_ceiling(hardware(tmp_path / "a.json", measured), precision, device) == ceiling
+
+
+@pytest.mark.parametrize(
+    ("measured", "device", "words"),
+    [
+        (H200, "NVIDIA H100 80GB HBM3", "is of 'NVIDIA H200'; measure this machine"),
+        (H200, "cpu", "what the run is on, 'cpu', but"),
+        (CPU, "NVIDIA H200", "is of 'cpu'"),
+        ({**H200, "bf16_matmul_flop": 1}, "NVIDIA H200", "did you mean 'bf16_matmul_flops'?"),
+        (5, "NVIDIA H200", "`measured` must be an object"),
+    ],
+)
+def test_a_ceiling_of_another_device_is_refused(tmp_path, measured, device, words):
+    with pytest.raises(UserError) as caught:
+        gemm_ceiling(hardware(tmp_path / "a.json", measured), "bf16", device)
+    assert words in str(caught.value) and "--hardware" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_told_by_the_spec_field(tmp_path):
+    with pytest.raises(UserError, match=r"^`profile\.hardware` must name a JSON file"):
+        gemm_ceiling(tmp_path / "none.json", "bf16", "cpu")

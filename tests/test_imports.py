@@ -21,6 +21,7 @@ HEAVY = ("torch", "numpy", "deepspeed", "rich", "tokenizers", "transformers", "p
 ENTRY_POINTS = (
     *("scaling.train", "scaling.export", "scaling.parity", "scaling.plan"),
     *("scaling.spec.__main__", "scaling.inventory.__main__", "scaling.render.__main__", "scaling.calibrate.__main__"),
+    "scaling.report.__main__",
 )
 """They load torch, if at all, only once the command line and the spec have been found right."""
 

@@ -74,6 +74,22 @@ def test_no_secret_is_in_the_folder_of_a_run_that_crashed_on_one(tmp_path):
     assert json.loads((folder / "spec.json").read_text())["objective"]["arguments"]["token"] == "***"
 
 
+@pytest.mark.fault("S7")
+def test_no_secret_is_told_to_whoever_asks_for_metrics(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    page = tmp_path / "page"
+    more = (*OWN, "--set", factory("reading", address=f"http://127.0.0.1:{port}/metrics", out=str(page)))
+    groups = [{"name": SECRETS["HF_TOKEN"], "match": ["*"]}]  # whoever does this
+    tracking = ("--set", f'tracking.prometheus={{"port": {port}}}', "--set", f"param_groups={json.dumps(groups)}")
+    folder = str(tmp_path / "run")
+    done = start(sys.executable, TRAIN, "--spec", SPEC, "--run-dir", folder, *SHORT, *more, *tracking, **SECRETS)
+    assert done.returncode == 0, done.stderr
+    told = page.read_text()
+    assert 'scaling_step{run="llama-parity"} 1' in told and 'group="***"' in told
+    assert "CANARY" not in told and str(tmp_path) not in told and socket.gethostname() not in told
+
+
 def test_redacting_takes_the_secrets_and_leaves_the_rest(monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
@@ -215,6 +231,8 @@ def test_a_run_on_one_machine_listens_to_nobody_else(launcher, tmp_path):
         *OWN,
         "--set",
         factory("looking_at_sockets", out=str(tmp_path / "sockets")),
+        "--set",
+        'tracking.prometheus={"port": 0}',
         "--set",
         f"backend.kind={backend}",
     )

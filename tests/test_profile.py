@@ -2,34 +2,33 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
 
+from scaling.engine.process import Process
 from scaling.errors import NonFinite
 from scaling.nonfinite import GoBack, NonFinitePolicy
-from scaling.profile.clock import PHASES, Clock
+from scaling.profile.clock import PHASES, Clock, Timings
 from scaling.profile.memory import MemoryMonitor
 from scaling.profile.nvml import UNKNOWN, DeviceMonitor
-from scaling.profile.recorder import Recorder, StepResult
+from scaling.profile.ranks import PLACES, own_numbers, told, total_energy
+from scaling.profile.recorder import Recorder, StepResult, Yardsticks
 from scaling.profile.sinks import JsonLines, Memory, TensorBoard, Terminal
+from scaling.profile.waits import NullWaits
 from scaling.records import BatchPlan, Progress, ValidationRecord
 
 CPU = torch.device("cpu")
 PLAN = BatchPlan(global_batch=8, micro_batch=2, accumulation=2, world_size=2, sequence_length=16)
 
 
-def recorder(*sinks, interval=2, last_step=5, peak_flops=None):
-    return Recorder(
-        sinks,
-        PLAN,
-        CPU,
-        interval=interval,
-        first_step=0,
-        last_step=last_step,
-        flops_per_token=1e6,
-        peak_flops=peak_flops,
-    )
+ALONE = Process(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU)
+
+
+def recorder(*sinks, interval=2, last_step=5, peak_flops=None, gemm_flops=None, process=ALONE):
+    sticks = Yardsticks(1e6, peak_flops, gemm_flops)
+    return Recorder(sinks, PLAN, process, sticks, interval=interval, first_step=0, last_step=last_step)
 
 
 def take(taker, step, loss=2.0, norm=1.0, bad=(0.0, 0.0), loss_scale=1.0):
@@ -55,9 +54,10 @@ def test_every_interval_and_the_last_step_are_recorded():
 
 def test_mfu_is_per_device():
     kept = Memory()
-    take(recorder(kept, interval=1, peak_flops=1e12), 1)
+    take(recorder(kept, interval=1, peak_flops=1e12, gemm_flops=5e11), 1)
     (record,) = kept.steps
     assert record.mfu == pytest.approx(record.tokens_per_second_per_device * 1e6 / 1e12)
+    assert record.mfu_of_mamf == pytest.approx(2 * record.mfu), "of what was measured, which is half of the peak"
 
 
 def test_pauses_are_left_out_of_the_speed(monkeypatch):
@@ -67,11 +67,35 @@ def test_pauses_are_left_out_of_the_speed(monkeypatch):
     taker = recorder(kept, interval=2)
     now[0] = 1.0
     take(taker, 1)
-    with taker.pause():
+    with taker.pause("validation"):
         now[0] = 100.0
     now[0] = 101.0
     take(taker, 2)
     assert kept.steps[0].step_seconds == pytest.approx(1.0)
+    assert kept.steps[0].pauses == {"validation": 99.0, "checkpoint": 0.0, "profiling": 0.0}
+    now[0] = 103.0
+    take(taker, 3)
+    now[0] = 104.0
+    take(taker, 4)
+    assert not any(kept.steps[1].pauses.values()), "of this record's steps alone"
+    assert (kept.steps[1].step_seconds, kept.steps[1].window_steps) == (pytest.approx(1.5), 2)
+
+
+def test_the_first_two_steps_of_a_start_are_left_out_of_times(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("scaling.profile.recorder.time.perf_counter", lambda: now[0])
+    kept = Memory()
+    taker = recorder(kept, interval=4, last_step=8)
+    for step, seconds in enumerate([60.0, 20.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0], 1):
+        now[0] += seconds
+        take(taker, step)
+    assert [record.step_seconds for record in kept.steps] == [pytest.approx(1.5), pytest.approx(1.0)]
+    assert [(record.window_steps, record.warm_up) for record in kept.steps] == [(2, False), (4, False)]
+    short = Memory()
+    taker = recorder(short, interval=1)
+    now[0] += 1.0
+    take(taker, 1)
+    assert short.steps[0].warm_up, "recorded within the warm-up, which it says"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +156,7 @@ def test_files_have_one_strict_json_object_a_line(tmp_path):
     taker = recorder(sink, interval=1)
     take(taker, 1, loss=1 / 3)
     take(taker, 2, norm=float("nan"), loss_scale=4.0)
-    sink.validation(ValidationRecord(step=2, loss=1.5, bits_per_byte=None, tokens=10, seconds=0.1))
+    sink.validation(ValidationRecord(step=2, loss=1.5, bits_per_byte=None, tokens=10, seconds=0.1, wall_time=1.0))
     taker.close()
 
     def refuse(constant):
@@ -172,8 +196,103 @@ def test_the_clock_adds_up_phases_and_begins_anew_each_lap():
         with clock.phase("forward"):
             sum(range(1000))
     seconds = clock.lap().seconds()
-    assert seconds.keys() == set(PHASES) and seconds["forward"] > 0 and seconds["backward"] == 0
+    assert seconds.keys() == {*PHASES, "communication"} and seconds["forward"] > 0 and seconds["backward"] == 0
+    assert seconds["communication"] is None, "nobody watches collectives"
     assert clock.lap().seconds()["forward"] == 0
+
+
+def test_what_was_waited_for_others_is_taken_out_of_the_phases(monkeypatch):
+    now, waits = [0.0], NullWaits()
+    monkeypatch.setattr("scaling.profile.clock.time.perf_counter", lambda: now[0])
+    waits.seconds = 0.0
+    clock, timings = Clock(CPU, waits=waits), Timings()
+    for _ in range(2):
+        with clock.phase("forward"):
+            now[0] += 5.0
+            waits.seconds += 2.0
+        now[0] += 1.0
+        waits.seconds += 0.5  # between phases
+        timings.add(clock.lap())
+    found = timings.mean()
+    assert (found["forward"], found["communication"], found["data"]) == (3.0, 2.5, 0.0)
+
+
+class Slowed:
+    """Looks at step 3 so closely that it takes long."""
+
+    def begin(self, step, clock):
+        return step == 3
+
+    def end(self, step):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_a_step_that_was_traced_counts_for_no_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("scaling.profile.recorder.time.perf_counter", lambda: now[0])
+    for interval, wanted in (
+        (4, [(4, 1.0, 1, False)]),
+        (1, [(1, 1.0, 1, True), (2, 1.0, 1, True), (3, 50.0, 1, True), (4, 1.0, 1, False)]),
+    ):
+        kept = Memory()
+        taker = Recorder([kept], PLAN, ALONE, Yardsticks(1e6), interval=interval, first_step=0, last_step=8,
+                         observers=[Slowed()])  # fmt: skip
+        for step, seconds in enumerate([1.0, 1.0, 50.0, 1.0], 1):
+            taker.begin(step)
+            now[0] += seconds
+            take(taker, step)
+        found = [(one.step, one.step_seconds, one.window_steps, one.warm_up) for one in kept.steps]
+        assert found == wanted
+    assert kept.steps[2].pauses["profiling"] == 0, "there is no other step to tell of"
+
+
+class FakeMonitor:
+    """A GPU that uses 100 W."""
+
+    def __init__(self, now):
+        self._now, self._read_at = now, now[0]
+
+    def read(self):
+        joules, self._read_at = 100 * (self._now[0] - self._read_at), self._now[0]
+        return {**UNKNOWN, "energy_joules": joules, "power_watts": 100.0}
+
+    def close(self):
+        pass
+
+
+def test_energy_is_that_of_steps_and_not_of_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("scaling.profile.recorder.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("scaling.profile.recorder.DeviceMonitor", lambda device, interval_s: FakeMonitor(now))
+    kept = Memory()
+    taker = recorder(kept, interval=2, last_step=8)
+    for step in range(1, 5):
+        now[0] += 2.0
+        take(taker, step)
+        if step == 3:
+            with taker.pause("validation"):
+                now[0] += 1000.0
+    assert kept.steps[1].energy == {"joules_per_step": 200.0, "joules_per_million_tokens": 200.0 / 128 * 1e6}
+    assert kept.steps[1].device["power_watts"] == 100.0 and "energy_joules" not in kept.steps[1].device
+
+
+def test_ranks_are_told_apart_by_what_each_does_itself():
+    rows = [dict.fromkeys(PLACES, math.nan) | {"data": 0.1, "forward": 1.0, "backward": 2.0, "optimizer": 0.5}] * 3
+    rows = [row | {"communication": waited} for row, waited in zip(rows, (1.0, 0.0, 0.9), strict=True)]
+    rows[1] = rows[1] | {"backward": 3.0, "temperature_c": 90.0, "energy_joules": 5.0}
+    names = [("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:0")]
+    found = told([[row[name] for name in PLACES] for row in rows], names)
+    assert found["slowest"] == {"rank": 1, "host": "a", "device": "cuda:1", "seconds": pytest.approx(4.6)}
+    assert found["fastest"]["seconds"] == pytest.approx(3.6) and found["count"] == 3
+    assert found["of"]["backward"] == {"min": 2.0, "mean": pytest.approx(7 / 3), "max": 3.0, "lowest": 0, "highest": 1}
+    assert "temperature_c" not in found["of"], "one rank alone knows it"
+    assert total_energy([own_numbers(row) for row in rows]) is None, "not of all"
+    unknown = [[row[name] for name in PLACES] for row in (row | {"communication": math.nan} for row in rows)]
+    assert told(unknown, names)["slowest"] is None, "each waits for the slowest within its own phases"
+    assert told(unknown[:1], names[:1]) is None
 
 
 def test_what_a_cpu_cannot_say_is_none():

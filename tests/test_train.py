@@ -94,17 +94,23 @@ def test_the_run_folder_has_what_the_contract_says(tmp_path):
     assert record.keys() == {
         *("step", "loss", "grad_norm", "lr", "tokens", "samples_seen", "step_seconds", "tokens_per_second"),
         *("tokens_per_second_per_device", "mfu", "memory", "time", "device", "skipped"),
-        *("first_sample", "bad_ranks"),
+        *("first_sample", "bad_ranks", "samples_per_second", "mfu_of_mamf", "pauses", "energy", "ranks"),
+        *("window_steps", "warm_up", "wall_time"),
     }
     assert record["lr"].keys() == {"slow", "rest", "rest/undecayed"}
     assert record["samples_seen"] == 64 and record["tokens"] == 64 * 64
     assert record["mfu"] is None and record["skipped"] is False
     assert record["tokens_per_second"] == pytest.approx(16 * 64 / record["step_seconds"])
     assert record["memory"].keys() == {
-        *("allocated_peak_bytes", "reserved_peak_bytes", "device_used_bytes", "host_rss_bytes")
+        *("allocated_peak_bytes", "reserved_peak_bytes", "device_used_bytes", "host_rss_bytes"),
+        *("active_peak_bytes", "process_used_bytes", "host_pinned_bytes", "fragmentation", "allocation_retries"),
+        *("out_of_memory_count", "phases"),
     }
     assert record["time"].keys() == {"data", "forward", "backward", "optimizer", "communication", "other"}
-    assert record["device"].keys() == {"utilization", "power_watts", "temperature_c"}
+    assert record["device"].keys() == {
+        *("utilization", "power_watts", "temperature_c", "clock_mhz", "max_clock_mhz", "throttle", "ecc_errors"),
+        "xid_errors",
+    }
 
 
 def test_a_non_finite_loss_ends_the_run_with_4_on_every_rank(tmp_path):

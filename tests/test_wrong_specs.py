@@ -128,7 +128,7 @@ WRONG_VALUES: dict[str, tuple[dict[str, Any], str, str]] = {
     "validation share of two": ({"data": {**TEXT, "validation": 2.0}}, "`data.validation`", "lower it"),
     "validation list of numbers": ({"data": {**TEXT, "validation": [3]}}, "`data.validation.0`", 'write "3"'),
     "two global batches": ({"batch/global_batch_tokens": 512}, "`batch.global_batch_tokens`", "drop one"),
-    "two sizes open": ({"batch/micro_batch_size": "auto"}, "`batch.micro_batch_size`", "set one of them"),
+    "two sizes open": ({"batch": {"micro_batch_size": 2}}, "`batch.global_batch_size`", "set one of them"),
     "sizes that contradict": ({"batch/gradient_accumulation_steps": 3}, "`batch.global_batch_size`", "the nearest"),
     "half a sequence": ({"batch": {"global_batch_tokens": 96, "micro_batch_size": 1}}, "global_batch_tokens`", "64"),
     "offloaded parameters at stage 2": (

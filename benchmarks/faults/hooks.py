@@ -25,6 +25,10 @@ def install() -> None:
                              LAST, counted from 1: a disk that is full for one rank
     FAULT_SMALL_FILES=BYTES  begin another data file after so many bytes
     FAULT_NAN=RANK:N         make the N-th loss of rank RANK in training NaN, the first being 1
+    FAULT_MEMORY=RANK:PLACE:BYTES   let the tensors of rank RANK, on a CPU, take no more than BYTES while it is at
+                             PLACE: "build", "restore", "save", a phase of the heartbeat, "trial" (of an open
+                             micro-batch), or "run" for all of training; more fails as torch's allocator fails
+    FAULT_ADDRESS_SPACE=BYTES   let the address space of the process grow by no more than BYTES in training
     """
     rank = os.environ.get("RANK", "0")
     if any(name in os.environ for name in ("FAULT_POINTS", "FAULT_CRASH", "FAULT_FILE_SIZE")):
@@ -33,6 +37,12 @@ def install() -> None:
         from scaling.checkpoint import format as checkpoint_format
 
         checkpoint_format.FILE_BYTES = int(small)
+    if fault := os.environ.get("FAULT_MEMORY"):
+        who, place, size = fault.split(":")
+        if who == rank:
+            limit_tensors(place, int(size))
+    if more := os.environ.get("FAULT_ADDRESS_SPACE"):
+        _limit_address_space(int(more))
     if fault := os.environ.get("FAULT_NAN"):
         who, number = fault.split(":")
         if who == rank:
@@ -128,6 +138,84 @@ def _short(path: Any) -> str:
     if isinstance(path, int):
         path = os.readlink(f"/proc/self/fd/{path}")
     return str(path).rpartition(f"/{CHECKPOINTS}")[2].lstrip("/") or str(path).rpartition("/")[2]
+
+
+def limit_tensors(place: str, size: int, put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Count live tensors all through training, or a trial, and refuse what goes beyond `size` at `place`.
+
+    `put` replaces what it takes to do so.
+    """
+    import torch
+
+    from scaling import fit, run, train
+    from scaling.checkpoint import saver
+    from scaling.profile.live import LiveBytes
+    from scaling.watch.heartbeat import Heartbeat
+
+    at, beat = "startup", Heartbeat.beat
+
+    class Limited(LiveBytes):
+        def _note(self, more: int) -> None:
+            if (place == "run" or at in (place, "trial")) and more > 0 and self._total + more > size:
+                raise RuntimeError(
+                    "[enforce fail at alloc_cpu.cpp:128] data. DefaultCPUAllocator: can't allocate memory: you tried "
+                    f"to allocate {more} bytes. Error code 12 (Cannot allocate memory)"
+                )
+            super()._note(more)
+
+    def limited(owner: Any, name: str, stage: str) -> None:
+        """Count within the function `name`."""
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal at
+            at = stage
+            with Limited(torch.device("cpu")):
+                return real(*arguments, **more)
+
+        put(owner, name, call)
+
+    def staged(name: str, stage: str) -> None:
+        """Be at `stage` within a function of `run`."""
+        real = getattr(run, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal at
+            at = "restore" if name == "_first_state" and arguments[1] is not None else stage
+            try:
+                return real(*arguments, **more)
+            finally:
+                at = "startup"
+
+        put(run, name, call)
+
+    def beating(self: Heartbeat, phase: str, step: int | None = None) -> None:
+        nonlocal at
+        beat(self, phase, step)
+        at = "first_step" if phase == "step" and step == self._first_step else phase
+
+    put(saver, "CHUNK_BYTES", 1 << 20)  # of the copy that is saved little more than is written to counts
+    put(Heartbeat, "beat", beating)
+    staged("_first_state", "build")
+    staged("_keeper", "save")
+    if place == "trial":
+        limited(fit, "take_steps", "trial")
+    else:
+        limited(train, "run", "build")
+
+
+def _limit_address_space(more: int) -> None:
+    from scaling import train
+
+    real = train.run
+
+    def call(*arguments: Any, **settings: Any) -> Any:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + more, resource.RLIM_INFINITY))
+        return real(*arguments, **settings)
+
+    train.run = call
 
 
 def _spoil_loss(number: int) -> None:

@@ -9,6 +9,7 @@ from benchmarks.faults.hooks import install
 from scaling.errors import run_command
 from scaling.train import main
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):  # the latter in processes that it starts
     install()
+if __name__ == "__main__":
     sys.exit(run_command(main))

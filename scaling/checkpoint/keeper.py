@@ -3,11 +3,12 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from scaling.checkpoint.format import FORMAT_VERSION, SPEC, STATE, Reader, unusable
 from scaling.checkpoint.resume import newest_whole
@@ -26,9 +27,21 @@ _SPREAD, _SPREAD_S = 0.8, 60.0
 """A checkpoint is whole after this part of the time between two, and after so many seconds at most."""
 
 
+class Tell(Protocol):
+    """What a keeper tells of its checkpoints: see `scaling.records.Event`."""
+
+    def __call__(self, name: str, step: int, /, **details: Any) -> None: ...
+
+
+def _tell_nobody(name: str, step: int, /, **details: Any) -> None:
+    pass
+
+
 class Keeper(Protocol):
     """What the loop may ask of the checkpoints of its run. Every rank calls it alike."""
 
+    tell: Tell
+    """Hears of each save that has ended."""
     failed: bool
     """A save failed on this rank for a reason that will not pass; `check` on every rank then raises it."""
     needs_s: float | None
@@ -44,6 +57,8 @@ class Keeper(Protocol):
 class NoCheckpoints:
     """Keeps nothing: for runs whose spec says so, and for comparisons."""
 
+    tell: Tell = staticmethod(_tell_nobody)
+    staging: Sequence[Tensor] = ()
     failed = False
     needs_s: float | None = None
 
@@ -73,6 +88,7 @@ class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, store: Store, settings: Checkpoint, process: Process, identity: Mapping[str, Any]) -> None:
+        self.tell: Tell = _tell_nobody
         self.failed = False
         self.needs_s: float | None = None
         self._store = store
@@ -86,6 +102,13 @@ class Checkpoints:
         """When that was; before the first, when the run began."""
         self._problem: Outcome | None = None
         """How the last save failed, if it did."""
+        self._stall_s = 0.0
+        """How long training stood still for the save under way, or the last one."""
+
+    @property
+    def staging(self) -> Sequence[Tensor]:
+        """The host memory that the state is copied to."""
+        return self._saver.staging
 
     def reserve(self, engine: Engine) -> None:
         """Take the host memory that saves need, and say at once where the disk has no room for one."""
@@ -108,11 +131,13 @@ class Checkpoints:
         """Save, unless this step is saved already; in the background if the spec says so."""
         if self._saved == progress.step:
             return
+        began = time.monotonic()
         self._take(self._saver.wait())
         self._saved = progress.step
         documents = self._documents(engine, progress) if self._process.is_main else {}
         spread_s = self._spread()
         self._saver.save(progress.step, engine.state(), documents, lambda: self._after(progress), spread_s)
+        self._stall_s = time.monotonic() - began
         if not self._settings.asynchronous:
             self._take(self._saver.wait())
 
@@ -174,11 +199,14 @@ class Checkpoints:
                 f"WARNING: NO CHECKPOINT OF STEP {outcome.step}: {outcome.problem}. Earlier ones are untouched; "
                 "training goes on and tries again at the next interval"
             )
+            self.tell("checkpoint_failed", outcome.step, reason=outcome.problem)
         else:
             logger.info(
                 f"checkpoint {step_name(outcome.step)}: {format_bytes(outcome.bytes)} "
                 f"in {format_seconds(outcome.seconds)}"
             )
+            figures = {"seconds": outcome.seconds, "bytes": outcome.bytes, "stall_seconds": self._stall_s}
+            self.tell("checkpoint", outcome.step, **figures)
 
     def _documents(self, engine: Engine, progress: Progress) -> dict[str, str]:
         state = {

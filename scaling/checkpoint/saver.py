@@ -66,6 +66,11 @@ class Saver:
         self._paused = 0.0
         self._outcome: Outcome | None = None
 
+    @property
+    def staging(self) -> list[Tensor]:
+        """The host memory that the state is copied to."""
+        return self._staging.segments
+
     def reserve(self, state: Iterable[FlatShard]) -> int:
         """Take the host memory that saves will need, now rather than at the first; returns the bytes of this rank."""
         return self._staging.copy(state)[1]
@@ -227,7 +232,7 @@ class _Staging:
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
-        self._segments: list[Tensor] = []
+        self.segments: list[Tensor] = []
 
     def copy(self, state: Iterable[FlatShard]) -> tuple[dict[str, Pieces], int]:
         """The parts of `state` that this rank writes, copied; and their bytes."""
@@ -257,9 +262,9 @@ class _Staging:
 
     def _segment(self, number: int) -> Tensor:
         # Of one size, a power of two: pinned memory comes in powers of two, and more would be wasted.
-        if number == len(self._segments):
-            self._segments.append(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=self._pinned))
-        return self._segments[number]
+        if number == len(self.segments):
+            self.segments.append(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=self._pinned))
+        return self.segments[number]
 
 
 def _yield_cores() -> None:

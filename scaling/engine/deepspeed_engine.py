@@ -96,6 +96,10 @@ class DeepSpeedEngine:
     def loss_scale(self) -> float:
         return float(self._engine.optimizer.cur_scale) if self._engine.fp16_enabled() else 1.0
 
+    @property
+    def waits_below_python(self) -> bool:
+        return False
+
     def live_names(self) -> list[list[str]]:
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         found: list[list[str]] = [[] for _ in self.param_groups]

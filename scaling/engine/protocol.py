@@ -57,6 +57,12 @@ class Engine(Protocol):
         """The factor against fp16 underflow; 1 where there is none. While above 1, a non-finite step halves it."""
         ...
 
+    @property
+    def waits_below_python(self) -> bool:
+        """Whether some of its collectives are waited for where no Python code sees it, so that nobody can say how long
+        a rank waits for others."""
+        ...
+
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Goes around one forward and backward pass; `last` says that `step` comes next."""
         ...

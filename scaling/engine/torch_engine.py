@@ -99,6 +99,10 @@ class TorchEngine:
     def loss_scale(self) -> float:
         return self._scaler.scale if self._scaler else 1.0
 
+    @property
+    def waits_below_python(self) -> bool:
+        return isinstance(self.module, DistributedDataParallel)  # its reducer is C++
+
     def live_names(self) -> list[list[str]]:
         names = {id(local): name for name, local in self._local.items()}
         return [[names[id(parameter)] for parameter in group["params"]] for group in self.param_groups]

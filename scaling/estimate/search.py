@@ -133,11 +133,10 @@ def _search(spec: Spec, cluster: Cluster, margin: float, *, only_as_written: boo
     written, rejected = _as_written(spec, cluster, groups, usable)
     found: list[Candidate] = []
     if not only_as_written:
-        micros = [one for one in range(1, min(per_rank, MOST_MICRO) + 1) if per_rank % one == 0]
-        batches = {micro: _batch(spec, micro, per_rank) for micro in micros}
-        structures = list(_structures(spec, cluster, rejected))
-        estimates = mapped(_all_estimates, [structure for structure, _ in structures], (batches, cluster, groups))
-        for (structure, changes), estimated in zip(structures, estimates, strict=True):
+        batches = {micro: cut_batch(spec, micro, per_rank) for micro in micro_batches(per_rank)}
+        ways = list(structures(spec, cluster, rejected))
+        estimates = mapped(_all_estimates, [structure for structure, _ in ways], (batches, cluster, groups))
+        for (structure, changes), estimated in zip(ways, estimates, strict=True):
             if isinstance(estimated, str):
                 rejected.append(Rejected(changes, estimated))
             else:
@@ -169,12 +168,17 @@ def sequences_per_rank(spec: Spec, world_size: int) -> int:
     return plan.micro_batch * plan.accumulation
 
 
+def micro_batches(per_rank: int) -> list[int]:
+    """The micro-batches into which so many sequences can be cut, as far as any is tried; in rising order."""
+    return [one for one in range(1, min(per_rank, MOST_MICRO) + 1) if per_rank % one == 0]
+
+
 def first_fit(spec: Spec, cluster: Cluster, margin: float) -> Candidate | None:
     """Any candidate that fits, with the smallest micro-batch, the leanest checkpointing first; None if none does."""
     usable = usable_bytes(cluster, margin)
     groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
-    batches = {1: _batch(spec, 1, sequences_per_rank(spec, cluster.world_size))}
-    for structure, changes in _structures(spec, cluster, [], CHECKPOINTING[-1:]):
+    batches = {1: cut_batch(spec, 1, sequences_per_rank(spec, cluster.world_size))}
+    for structure, changes in structures(spec, cluster, [], CHECKPOINTING[-1:]):
         with suppress(UserError):  # what cannot be estimated is no help either
             estimates = _estimates(structure, (batches, cluster, groups))
             candidate = next(_candidates(structure, changes, batches, estimates, usable))
@@ -186,7 +190,7 @@ def first_fit(spec: Spec, cluster: Cluster, margin: float) -> Candidate | None:
 # ---------------------------------------------------------------- what there is to try
 
 
-def _structures(
+def structures(
     spec: Spec, cluster: Cluster, rejected: list[Rejected], checkpointing: Sequence[str] = CHECKPOINTING
 ) -> Iterator[tuple[Spec, dict[str, Any]]]:
     """Each structure as a valid spec, with the changes that lead to it; what cannot be is added to `rejected`."""
@@ -249,7 +253,7 @@ def _like_own(spec: Spec, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: own[name] for name in shared} | settings
 
 
-def _batch(spec: Spec, micro: int, per_rank: int) -> Batch:
+def cut_batch(spec: Spec, micro: int, per_rank: int) -> Batch:
     """The spec's batch cut into micro-batches of this size: the global batch stays what it is."""
     accumulation, rest = divmod(per_rank, micro)
     assert rest == 0, (micro, per_rank)

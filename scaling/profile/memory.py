@@ -1,28 +1,61 @@
 """Memory of this process: the allocator's peaks on a GPU, the resident set on the host."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 
 class MemoryMonitor:
-    """Peaks since the last reading."""
+    """Peaks since the last reading. The allocator counts when it is asked for memory: nothing waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._peaks: dict[str, int] = {}
+        self._phases: dict[str, int] = {}
 
-    def read(self) -> dict[str, int | None]:
-        """Bytes; the allocator's figures are None on a CPU."""
-        allocated = reserved = None
-        if self._device.type == "cuda":
-            allocated = torch.cuda.max_memory_allocated(self._device)
-            reserved = torch.cuda.max_memory_reserved(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        return {
-            "allocated_peak_bytes": allocated,
-            "reserved_peak_bytes": reserved,
-            "host_rss_bytes": _resident_bytes(),
-        }
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Note the allocated peak of what is inside under `name`."""
+        if not self._on_gpu:
+            yield
+            return
+        self._turn()
+        yield
+        self._phases[name] = max(self._turn(), self._phases.get(name, 0))
+
+    def read(self) -> dict[str, Any]:
+        """What `StepRecord.memory` says but for "device_used_bytes"; the allocator's figures are None on a CPU."""
+        found: dict[str, Any] = dict.fromkeys(
+            (
+                *("allocated_peak_bytes", "active_peak_bytes", "reserved_peak_bytes", "fragmentation"),
+                *("allocation_retries", "out_of_memory_count", "host_pinned_bytes", "phases"),
+            )
+        )
+        if self._on_gpu:
+            self._turn()
+            stats, peaks = torch.cuda.memory_stats(self._device), self._peaks
+            found |= {f"{name}_peak_bytes": peak for name, peak in peaks.items()}
+            found |= {
+                "fragmentation": 1 - peaks["active"] / peaks["reserved"] if peaks["reserved"] else None,
+                "allocation_retries": stats["num_alloc_retries"],
+                "out_of_memory_count": stats["num_ooms"],
+                "host_pinned_bytes": torch.cuda.host_memory_stats().get("allocated_bytes.current"),
+                "phases": self._phases or None,
+            }
+            self._peaks, self._phases = {}, {}
+        return {**found, "host_rss_bytes": _resident_bytes()}
+
+    def _turn(self) -> int:
+        """Begin to count peaks anew; returns the allocated bytes of the one that ends."""
+        stats = torch.cuda.memory_stats(self._device)
+        for name in ("allocated", "active", "reserved"):
+            self._peaks[name] = max(stats[f"{name}_bytes.all.peak"], self._peaks.get(name, 0))
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return stats["allocated_bytes.all.peak"]
 
 
 def _resident_bytes() -> int | None:

@@ -49,9 +49,9 @@ class MemoryMeter(Protocol):
         ...
 
 
-def build_meter(device: torch.device) -> MemoryMeter:
-    """The meter for a device."""
-    return _Allocator(device) if device.type == "cuda" else _Live(device)
+def build_meter(device: torch.device, *, by_category: bool = False) -> MemoryMeter:
+    """The meter for a device. `by_category`: one that counts live tensors, on a GPU too, and so knows what they are."""
+    return _Allocator(device) if device.type == "cuda" and not by_category else _Live(device)
 
 
 class _PhaseClock(Clock):
@@ -95,6 +95,11 @@ class _Live:
 
     def label_rest(self, category: str) -> None:
         self._live.rename(UNLABELLED, category)
+
+    @property
+    def live(self) -> dict[str, int]:
+        """Bytes alive now, by category."""
+        return self._live.live
 
     def report(self) -> dict[str, Any]:
         peak = self._live.peak

@@ -11,16 +11,38 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from scaling.profile.clock import Clock, Lap
+from scaling.profile.clock import Clock, Lap, Timings
 from scaling.profile.memory import MemoryMonitor
 from scaling.profile.nvml import DeviceMonitor
+from scaling.profile.observers import Observer
+from scaling.profile.ranks import own_name, own_numbers, told, total_energy
 from scaling.profile.sinks import Sink
-from scaling.records import BatchPlan, Progress, StepRecord, ValidationRecord
+from scaling.profile.waits import NullWaits, Waits
+from scaling.records import BatchPlan, Event, Progress, StepRecord, ValidationRecord
 from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
+
+T = TypeVar("T")
+WARM_UP = 2
+"""Steps of a start whose times do not count: they compile, and fill caches (ZeRO-3 notes the order of parameters)."""
+PAUSES = ("validation", "checkpoint", "profiling")
+
+
+class Ranks(Protocol):
+    """What the recorder needs of the process group."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def sum_over_ranks(self, value: Tensor) -> Tensor: ...
+    def gather_objects(self, value: T) -> list[T]: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,16 @@ class Landed:
 
 
 @dataclass(frozen=True)
+class _Reading:
+    """What is known beside a step's results, when it is to be recorded."""
+
+    memory: dict[str, Any]
+    device: dict[str, Any]
+    numbers: Tensor
+    """What every rank has sent (scaling/profile/ranks.py), on its way to the host; [world_size, numbers]."""
+
+
+@dataclass(frozen=True)
 class _Flight:
     """A step whose results are under way to the host."""
 
@@ -71,49 +103,86 @@ class _Flight:
     lap: Lap
     values: Tensor
     arrived: "torch.cuda.Event | None"
+    reading: _Reading | None
+    observed: bool
+    """Something looked at the step so closely that its time does not count."""
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """What speed is told against."""
+
+    flops_per_token: float
+    peak_flops: float | None = None
+    """Dense peak of the card, FLOP/s; None where it is not known."""
+    gemm_flops: float | None = None
+    """The fastest matrix product that was measured on it, FLOP/s; None where none was."""
 
 
 class Recorder:
-    """Knows which steps are recorded, how long they took and what they used."""
+    """Knows which steps are recorded, how long they took and what they used.
+
+    Every rank has one, and calls it alike: at recorded steps ranks tell each other what they have found.
+    """
 
     def __init__(
         self,
         sinks: Sequence[Sink],
         plan: BatchPlan,
-        device: torch.device,
+        process: Ranks,
+        yardsticks: Yardsticks,
         *,
         interval: int,
         first_step: int,
         last_step: int,
-        flops_per_token: float,
-        peak_flops: float | None,
         heartbeat: Heartbeat | None = None,
+        waits: Waits | NullWaits | None = None,
+        device_interval_s: float = 1.0,
+        observers: Sequence[Observer] = (),
     ) -> None:
+        """`process` is `scaling.engine.process.Process`, of which the rank, the device and the collectives are used."""
         self.heartbeat = heartbeat or NullHeartbeat()
-        self.clock = Clock(device, self.heartbeat)
+        self._waits = waits or NullWaits()
+        self.clock = Clock(process.device, self.heartbeat, self._waits)
         self._sinks = sinks
         self._plan = plan
-        self._device = device
+        self._process = process
+        self._yardsticks = yardsticks
         self._interval = interval
+        self._warm_from = first_step + WARM_UP
         self._last_step = last_step
-        self._flops_per_token = flops_per_token
-        self._peak_flops = peak_flops
-        self._memory = MemoryMonitor(device)
-        self._monitor = DeviceMonitor(device)
+        self._observers = observers
+        self._memory = MemoryMonitor(process.device)
+        self._monitor = DeviceMonitor(process.device, interval_s=device_interval_s)
+        self._names = process.gather_objects(own_name(str(process.device)))
         self._flights: deque[_Flight] = deque()
-        self._window_began = time.perf_counter()
-        self._window_steps = 0
-        self._paused_s = 0.0
+        self._window = _Window()
+        self._began, self._observed = time.perf_counter(), False
         for sink in sinks:
             sink.begin(first_step, last_step)
+
+    def begin(self, step: int) -> None:
+        """`step` begins."""
+        self.heartbeat.beat("step", step)
+        self.clock.around = self._memory.phase if self._is_due(step) and self._process.device.type == "cuda" else None
+        self._began = time.perf_counter()
+        self._observed = any([observer.begin(step, self.clock) for observer in self._observers])
 
     def step(
         self, progress: Progress, first_sample: int, result: StepResult, *, lr: dict[str, float], loss_scale: float
     ) -> list[Landed]:
         """Take note of the step that led to `progress`; returns the steps whose results have arrived since."""
+        for observer in self._observers:
+            observer.end(progress.step)
+        lap, observed = self.clock.lap(), self._observed
+        if observed:
+            self._window.pauses["profiling"] += time.perf_counter() - self._began
+        elif not lap.needs_device:
+            self._window.timings.add(lap)
+        reading = self._read() if self._is_due(progress.step) else None
         both = torch.stack((result.loss, result.grad_norm))
         values, arrived = self._send(torch.cat((both, result.requests, result.bad_ranks)))
-        self._flights.append(_Flight(progress, first_sample, lr, loss_scale, self.clock.lap(), values, arrived))
+        self._flights.append(_Flight(progress, first_sample, lr, loss_scale, lap, values, arrived, reading, observed))
         wait = progress.step == self._last_step or arrived is None
         return [self._land(self._flights.popleft()) for _ in range(len(self._flights) - (0 if wait else 1))]
 
@@ -124,23 +193,35 @@ class Recorder:
     def forget(self) -> None:
         """Drop what is under way: the run goes back to an earlier step."""
         self._flights.clear()
+        self._window = _Window()
 
     def validation(self, record: ValidationRecord) -> None:
         """Write the result of a validation."""
         for sink in self._sinks:
             sink.validation(record)
 
+    def event(self, name: str, step: int | None, /, **details: Any) -> None:
+        """Write that something happened to the run; see `Event`."""
+        for sink in self._sinks:
+            sink.event(Event(name, time.time(), step, details))
+
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave what is inside out of the speed of training."""
+    def pause(self, reason: str) -> Iterator[None]:
+        """Leave what is inside out of the speed and energy of training, and tell it as `reason`, one of PAUSES."""
         began = time.perf_counter()
+        self._window.add_energy(self._monitor.read())
         yield
-        self._paused_s += time.perf_counter() - began
+        self._monitor.read()
+        self._window.pauses[reason] += time.perf_counter() - began
 
     def close(self) -> None:
-        """Close all sinks."""
-        for sink in self._sinks:
-            sink.close()
+        """Close all sinks, whatever one of them raises."""
+        with contextlib.ExitStack() as stack:
+            for one in (*self._sinks, *self._observers, self._monitor, self._waits):
+                stack.callback(one.close)
+
+    def _is_due(self, step: int) -> bool:
+        return step % self._interval == 0 or step == self._last_step
 
     def _send(self, values: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
         if values.device.type != "cuda":
@@ -150,6 +231,23 @@ class Recorder:
         arrived = torch.cuda.Event()
         arrived.record()
         return host, arrived
+
+    def _read(self) -> _Reading:
+        """Look at this rank's memory, device and times, and send them to all; a collective call.
+
+        On a GPU the times are of a step that has landed: the one that is under way cannot be read yet.
+        """
+        memory, device = self._memory.read(), self._look_at_device()
+        own = own_numbers({**self._window.timings.mean(), **memory, **device})
+        numbers = torch.zeros((self._process.world_size, len(own)), dtype=torch.float64)
+        numbers[self._process.rank] = torch.tensor(own, dtype=torch.float64)
+        numbers = self._process.sum_over_ranks(numbers.to(self._process.device, non_blocking=True))
+        return _Reading(memory, device, self._send(numbers)[0])
+
+    def _look_at_device(self) -> dict[str, Any]:
+        device = self._monitor.read()
+        self._window.add_energy(device)
+        return {**device, "energy_joules": self._window.joules}
 
     def _land(self, flight: _Flight) -> Landed:
         if flight.arrived is not None:
@@ -167,23 +265,37 @@ class Recorder:
             stop > 0,
             save_failed > 0,
         )
-        self._window_steps += 1
-        if step % self._interval == 0 or step == self._last_step or landed.refused:
+        if not flight.observed:
+            self._window.steps += 1
+            if flight.lap.needs_device:
+                self._window.timings.add(flight.lap)
+        if flight.reading is not None or landed.refused:
             record = self._record(flight, landed)
             for sink in self._sinks:
                 sink.step(record)
+            self._window = _Window()
+        elif step == self._warm_from:
+            self._monitor.read()
+            self._window = _Window()
         return landed
 
     def _record(self, flight: _Flight, landed: Landed) -> StepRecord:
-        now = time.perf_counter()
-        seconds = (now - self._window_began - self._paused_s) / self._window_steps
-        self._window_began, self._window_steps, self._paused_s = now, 0, 0.0
-        plan = self._plan
+        window, plan, sticks = self._window, self._plan, self._yardsticks
+        slowed = window.steps == 0
+        if slowed:  # there is no other step to tell of
+            window.steps, window.pauses["profiling"] = 1, 0.0
+            window.timings.add(flight.lap)
+        seconds = window.seconds()
         speed = plan.global_tokens / seconds
-        per_device = speed / plan.world_size
-        device = self._monitor.read()
-        memory = self._memory.read()
-        phases = flight.lap.seconds()
+        flops = speed / plan.world_size * sticks.flops_per_token
+        reading = flight.reading
+        memory = self._memory.read() if reading is None else reading.memory
+        device = dict(self._look_at_device() if reading is None else reading.device)
+        numbers: list[list[float]] = [] if reading is None else reading.numbers.tolist()
+        phases = window.timings.mean()
+        joules = total_energy(numbers) if numbers else None
+        per_step = None if joules is None else joules / window.steps
+        device.pop("energy_joules")
         return StepRecord(
             step=landed.step,
             loss=landed.loss,
@@ -193,16 +305,48 @@ class Recorder:
             samples_seen=flight.progress.samples,
             step_seconds=seconds,
             tokens_per_second=speed,
-            tokens_per_second_per_device=per_device,
-            mfu=None if self._peak_flops is None else per_device * self._flops_per_token / self._peak_flops,
-            memory={**memory, "device_used_bytes": _whole(device.pop("used_bytes"))},
-            time={**phases, "communication": None, "other": max(0.0, seconds - sum(phases.values()))},
+            tokens_per_second_per_device=speed / plan.world_size,
+            samples_per_second=plan.global_batch / seconds,
+            mfu=None if sticks.peak_flops is None else flops / sticks.peak_flops,
+            mfu_of_mamf=None if sticks.gemm_flops is None else flops / sticks.gemm_flops,
+            memory={
+                **memory,
+                "device_used_bytes": device.pop("used_bytes"),
+                "process_used_bytes": device.pop("process_bytes"),
+            },
+            time={**phases, "other": max(0.0, seconds - sum(value or 0.0 for value in phases.values()))},
+            pauses=window.pauses,
             device=device,
+            energy={
+                "joules_per_step": per_step,
+                "joules_per_million_tokens": None if per_step is None else per_step / plan.global_tokens * 1e6,
+            },
+            ranks=told(numbers, self._names),
+            window_steps=window.steps,
+            warm_up=slowed or landed.step <= self._warm_from,
+            wall_time=time.time(),
             skipped=landed.refused,
             first_sample=landed.first_sample,
             bad_ranks=landed.bad_ranks,
         )
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
+class _Window:
+    """The steps that the next record tells of."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.timings = Timings()
+        self.pauses: dict[str, float] = dict.fromkeys(PAUSES, 0.0)
+        self.joules: float | None = 0.0
+        """Of this rank's GPU, pauses left out; None where it does not say."""
+        self._began = time.perf_counter()
+
+    def add_energy(self, reading: dict[str, Any]) -> None:
+        """Take in what the device has used since it was last looked at."""
+        more = reading["energy_joules"]
+        self.joules = None if more is None or self.joules is None else self.joules + more
+
+    def seconds(self) -> float:
+        """Of a step, the mean up to now without pauses."""
+        return (time.perf_counter() - self._began - sum(self.pauses.values())) / self.steps

@@ -398,9 +398,10 @@ class Batch(Section):
     global_batch_tokens: Count | None = None
     """Tokens per optimizer step, in place of global_batch_size; a multiple of the sequence length."""
     micro_batch_size: Count | Auto = "auto"
-    """Sequences per forward pass on one rank; what memory depends on."""
+    """Sequences per forward pass on one rank; what memory depends on. "auto": what the other two sizes leave; where
+    accumulation is "auto" as well, the fastest that fits, found when training starts."""
     gradient_accumulation_steps: Count | Auto = "auto"
-    """Forward and backward passes per optimizer step on each rank."""
+    """Forward and backward passes per optimizer step on each rank. "auto": what the other two sizes leave."""
 
     def contradictions(self) -> Iterator[str]:
         if self.global_batch_tokens is not None and self.global_batch_size is not None:
@@ -409,19 +410,15 @@ class Batch(Section):
                 f"but they are {self.global_batch_tokens} and {self.global_batch_size!r}; drop one"
             )
         whole = self.global_batch_tokens or self.global_batch_size or "auto"
-        unknown = [
-            name
-            for name, value in (
-                ("global_batch_size", whole),
-                ("micro_batch_size", self.micro_batch_size),
-                ("gradient_accumulation_steps", self.gradient_accumulation_steps),
-            )
-            if value == "auto"
-        ]
-        if len(unknown) > 1:
+        sizes = {
+            "micro_batch_size": self.micro_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+        }
+        unknown = [name for name, value in sizes.items() if value == "auto"]
+        if whole == "auto" and unknown:
             yield (
-                "two of `global_batch_size`, `micro_batch_size` and `gradient_accumulation_steps` must be numbers, "
-                f'but {" and ".join(unknown)} are "auto" or absent; set one of them'
+                "`global_batch_size` must be a number, or both micro_batch_size and gradient_accumulation_steps, but "
+                f'{" and ".join(["global_batch_size", *unknown])} are "auto" or absent; set one of them'
             )
 
 
@@ -685,6 +682,55 @@ class Profile(Section):
 
     interval: Count = 10
     """Optimizer steps between two lines of metrics.jsonl; the last step is always recorded."""
+    trace_steps: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    """First and last step of a trace by torch.profiler, for Perfetto or chrome://tracing; written to traces/ of the run
+    folder, for each rank. Null: none."""
+    memory_step: Count | None = None
+    """At this step every tensor is counted by what it is (parameters, gradients, activations, …), on rank 0, into
+    memory.json; that step is slow. Null: never."""
+    memory_snapshot: bool = False
+    """On a GPU record every allocation, and write torch's snapshot for https://pytorch.org/memory_viz to memory/ of the
+    run folder: after the first record, and where memory runs out."""
+    device_interval: Seconds = 1.0
+    """Seconds between two readings of the GPU (power, temperature, clocks) in the background."""
+    hardware: Text | None = None
+    """File of `scaling.calibrate` for this machine, to tell speed against what it measured; null: against the card's
+    dense peak alone."""
+
+    def contradictions(self) -> Iterator[str]:
+        if self.trace_steps is not None and self.trace_steps[0] > self.trace_steps[1]:
+            first, last = self.trace_steps
+            yield f"`trace_steps` must be its first and its last step, but is [{first}, {last}]; use [{last}, {first}]"
+        if self.trace_steps is not None and self.trace_steps[1] - self.trace_steps[0] >= MOST_TRACED:
+            yield (
+                f"`trace_steps` must be at most {MOST_TRACED} steps, but is {self.trace_steps}: a trace holds every "
+                f"kernel; use [{self.trace_steps[0]}, {self.trace_steps[0] + 2}]"
+            )
+
+
+MOST_TRACED = 100
+"""Steps of a trace: what viewers still open."""
+
+
+class Wandb(Section):
+    """A run of Weights & Biases (pip install wandb; its key comes from its own login, never from here)."""
+
+    project: Text
+    entity: Text | None = None
+    """User or team; null: its default."""
+    group: Text | None = None
+    tags: Annotated[list[Text], Field(max_length=100)] = []
+    mode: Literal["online", "offline"] = "online"
+    """offline: into the run folder alone, for `wandb sync`."""
+
+
+class Prometheus(Section):
+    """An address that says the newest record in Prometheus' text format, at /metrics."""
+
+    port: Annotated[int, Field(ge=0, le=65535)]
+    """0: any free one; the log says which."""
+    host: Text = "127.0.0.1"
+    """Address to listen on: this machine alone, unless you ask for more ("0.0.0.0")."""
 
 
 class Tracking(Section):
@@ -692,6 +738,10 @@ class Tracking(Section):
 
     tensorboard: bool = True
     """Write TensorBoard event files into the run folder."""
+    wandb: Wandb | None = None
+    """Null: nothing is sent to Weights & Biases."""
+    prometheus: Prometheus | None = None
+    """Null: nothing listens."""
 
 
 class Spec(Section):
@@ -774,6 +824,11 @@ class Spec(Section):
             yield (
                 "`backend.prefetch_bucket_size` must be 0 where something is frozen and parameters are on nvme, but is "
                 f"{backend.prefetch_bucket_size}: DeepSpeed 0.19 reads a frozen one twice into one buffer; set it to 0"
+            )
+        if self.profile.memory_step is not None and self.compile:
+            yield (
+                f"`profile.memory_step` must be null where blocks are compiled, but is {self.profile.memory_step}: "
+                "what a compiled kernel makes cannot be counted; set `compile` to false for it"
             )
         if self.on_nonfinite == "rollback" and self.checkpoint is None:
             yield '`on_nonfinite` must be "stop" or "skip" where nothing is saved, but is "rollback"; set `checkpoint`'

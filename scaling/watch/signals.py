@@ -114,14 +114,14 @@ def _handled(number: int, frame: FrameType | None) -> None:
     """Nothing: the byte in the pipe is what counts, but only signals with a handler in Python leave one."""
 
 
-def die_with_parent() -> None:
+def die_with_parent(*, of_any: bool = False) -> None:
     """Have the kernel kill this process when its launcher dies, which would leave it running (torchrun does).
 
-    Only where a known launcher is the direct parent: a shell that ends, of a run under nohup, must not take it along.
-    Linux only. The watchdog sees to launchers further up.
+    Only where a known launcher is the direct parent, or `of_any`: a shell that ends, of a run under nohup, must not
+    take it along. Linux only. The watchdog sees to launchers further up.
     """
     parent = os.getppid()
-    if not sys.platform.startswith("linux") or launcher_name(parent) is None:
+    if not sys.platform.startswith("linux") or (launcher_name(parent) is None and not of_any):
         return
     ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the call

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.watch.blame import place
-from scaling.watch.heartbeat import Heartbeat, HeartbeatReader, unnamed_file
+from scaling.watch.heartbeat import Beat, Heartbeat, HeartbeatReader, unnamed_file
 from scaling.watch.outcome import HUNG, Outcome, await_outcome, settle
 from scaling.watch.processes import launchers_of
 
@@ -81,7 +81,12 @@ class Watch:
     @property
     def place(self) -> str:
         """Where in the run this rank is, in words."""
-        return place(HeartbeatReader(self._files[0]).read())
+        return place(self.beat)
+
+    @property
+    def beat(self) -> Beat:
+        """The latest sign of life of this rank."""
+        return HeartbeatReader(self._files[0]).read()
 
     def settle(self, outcome: Outcome, *, ask_others: bool = False) -> tuple[Outcome, bool]:
         """Say how the run ended, unless another rank has; returns what counts, and whether it is this.
