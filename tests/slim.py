@@ -3,8 +3,8 @@
     python tests/slim.py
 
 Installs this checkout without extras into a temporary environment, and there, from outside the checkout, runs what
-must work on a laptop: checking a spec, printing the schema, rendering, listing parameters, planning. Ends with exit
-code 1 at the first failure.
+must work on a laptop: checking a spec, printing the schema, rendering, listing parameters, planning, reporting on a
+run. Ends with exit code 1 at the first failure.
 """
 
 import os
@@ -14,6 +14,8 @@ import sys
 import tempfile
 import venv
 from pathlib import Path
+
+from made_runs import make_run
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "scaling")
@@ -27,6 +29,8 @@ COMMANDS = (
     "scaling.inventory gpt2-124m",
     "scaling.plan --spec gpt2-124m --gpus 8xH100-80GB --as-written",
     "scaling.plan --spec llama-8b --gpus 8xH100-80GB",
+    "scaling.report made",
+    "scaling.doctor made",
 )
 """What must run; how fast is for benchmarks/plan_speed.py to say."""
 
@@ -37,6 +41,7 @@ def main() -> int:
         folder = Path(name)
         python = install(folder)
         check_installed(python, folder)
+        make_run(folder / "made")
         for command in COMMANDS:
             output = run([str(python), "-m", *command.split()], folder)
             require(bool(output.strip()), f"`{command}` must print something, but printed nothing")
