@@ -94,11 +94,15 @@ def _figures(report: dict[str, Any]) -> dict[str, str]:
 
 
 def differences(sources: Sequence[Source]) -> Sheet:
-    """A row for each field of the spec that is not alike in all, a column for each run."""
+    """A row for each field of the spec that is not alike in all, a column for each run.
+
+    Null is as good as absent: kinds of backends have fields of their own, most of which nobody has set.
+    """
     flat = [leaves(source.run.spec) for source in sources]
     fields = dict.fromkeys(field for one in flat for field in one)
     shown = {field: [_value(one, field) for one in flat] for field in fields}
-    rows = [[field, *values] for field, values in shown.items() if len(set(values)) > 1]
+    apart = {field: {ABSENT if value == "null" else value for value in values} for field, values in shown.items()}
+    rows = [[field, *values] for field, values in shown.items() if len(apart[field]) > 1]
     return Sheet("", ["field", *(source.name for source in sources)], rows)
 
 
