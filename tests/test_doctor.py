@@ -184,7 +184,9 @@ SICK = {
     ),
     "host-memory-growing": (lambda at: made(at, lines(lambda n: memory(host_rss_bytes=4 + n / 100))), {}, set()),
     "memory-off-prediction": (
-        lambda at: made(at, plan={"memory": {"peak_allocated_bytes": 40 * GiB}}), {"profile.memory_step": 3}, set(),
+        lambda at: made(at, plan={"memory": {"peak_allocated_bytes": 40 * GiB}}),
+        {"profile.memory_step": 3, "compile": False},
+        set(),
     ),
     "stragglers": (
         lambda at: made(at, lines(**ranks(1.0, 0.8, temperature_c=spanning(60, 64, 86)))), {}, set(),

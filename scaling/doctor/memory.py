@@ -184,7 +184,7 @@ def memory_off_prediction(case: Case) -> Symptom | None:
         "of another model."
         if worst
         else "",
-        {} if counted else {"profile.memory_step": 3},
+        {} if counted else {"profile.memory_step": 3} | ({"compile": False} if case.spec.compile else {}),
     )
 
 
