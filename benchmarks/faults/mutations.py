@@ -34,6 +34,7 @@ SMALL: Spec = {
     "lr_scaling": {"rule": "sqrt", "reference_global_batch_size": 8},
     "max_steps": 10,
     "validation": {"interval": 5, "batches": 1},
+    "tracking": {"wandb": {"project": "p"}, "prometheus": {"port": 0}},
 }
 """What the specs of `maximal_specs` have in common."""
 
