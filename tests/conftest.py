@@ -1,4 +1,8 @@
-"""The order of the test files."""
+"""The order of the test files, and a log that each test finds as pytest expects it."""
+
+import logging
+
+import pytest
 
 LONG = (
     *("test_parity", "test_engine", "test_watch", "test_chaos", "test_lora", "test_train", "test_trace", "test_ledger"),
@@ -11,3 +15,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         item.user_properties += [("fault", marker.args[0]) for marker in item.iter_markers("fault")]
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def _log_is_heard():
+    """A run within the process of the tests keeps its log to itself from then on: later tests would hear nothing."""
+    logger = logging.getLogger("scaling")
+    level, handlers = logger.level, list(logger.handlers)
+    logger.propagate = True
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers

@@ -716,10 +716,13 @@ class Wandb(Section):
     """A run of Weights & Biases (pip install wandb; its key comes from its own login, never from here)."""
 
     project: Text
+    """Where the run is listed."""
     entity: Text | None = None
     """User or team; null: its default."""
     group: Text | None = None
+    """Runs of one experiment, shown together; null: none."""
     tags: Annotated[list[Text], Field(max_length=100)] = []
+    """Words to find the run by."""
     mode: Literal["online", "offline"] = "online"
     """offline: into the run folder alone, for `wandb sync`."""
 
