@@ -28,8 +28,8 @@ from scaling.run_folder import METRICS, environment
 from scaling.spec import load_spec
 
 LIMIT = 0.01
-TURN_STEPS = 20
-"""Steps of a turn: two records."""
+TURN_STEPS = 10
+"""Steps of a turn: one record. Short, so that what else the machine does falls on both of a pair."""
 CHANGES = ["max_steps=1000000", "validation=null", "checkpoint=null"]
 BATCH = '{{"micro_batch_size": 2, "gradient_accumulation_steps": 1, "global_batch_size": {0}}}'
 
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--spec", default="gpt-stdlib")
     parser.add_argument("--set", action="append", default=[], metavar="a.b.c=VALUE", help="change a field; repeatable")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=15, help=f"pairs of turns of {TURN_STEPS} steps")
+    parser.add_argument("--pairs", type=int, default=100, help=f"pairs of turns of {TURN_STEPS} steps")
     parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser

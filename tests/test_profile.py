@@ -217,6 +217,29 @@ def test_what_was_waited_for_others_is_taken_out_of_the_phases(monkeypatch):
     assert (found["forward"], found["communication"], found["data"]) == (3.0, 2.5, 0.0)
 
 
+class SlowSink(Memory):
+    """Takes 0.5 s for each record."""
+
+    def __init__(self, now):
+        super().__init__()
+        self._now = now
+
+    def step(self, record):
+        super().step(record)
+        self._now[0] += 0.5
+
+
+def test_writing_a_record_is_a_part_of_the_next_step(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("scaling.profile.recorder.time.perf_counter", lambda: now[0])
+    kept = SlowSink(now)
+    taker = recorder(kept, interval=1, last_step=8)
+    for step in range(1, 5):
+        now[0] += 1.0
+        take(taker, step)
+    assert [one.step_seconds for one in kept.steps[2:]] == [1.5, 1.5], "as a stopwatch has it"
+
+
 class Slowed:
     """Looks at step 3 so closely that it takes long."""
 

@@ -270,10 +270,11 @@ class Recorder:
             if flight.lap.needs_device:
                 self._window.timings.add(flight.lap)
         if flight.reading is not None or landed.refused:
+            following = _Window()  # from now on: writing the record is a part of the next step
             record = self._record(flight, landed)
+            self._window = following
             for sink in self._sinks:
                 sink.step(record)
-            self._window = _Window()
         elif step == self._warm_from:
             self._monitor.read()
             self._window = _Window()
