@@ -3,7 +3,6 @@
 import contextlib
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -13,6 +12,7 @@ from scaling.engine.protocol import Engine
 from scaling.models.decoder import Head
 from scaling.profile.live import UNLABELLED
 from scaling.profile.meter import MemoryMeter
+from scaling.profile.stock import flat_gradients
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def labelled(engine: Engine, meter: MemoryMeter) -> Iterator[None]:
     meter.label("optimizer", (shard.values for shard in engine.state()))
     parameters = list(engine.module.parameters())
     meter.label("parameters", (getattr(parameter, "ds_tensor", parameter).detach() for parameter in parameters))
-    meter.label("gradients", _flat_gradients(engine.module))
+    meter.label("gradients", flat_gradients(engine.module))
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(take_gradient) for parameter in trained]
     heads = [module for module in engine.module.modules() if isinstance(module, Head)]
@@ -65,13 +65,6 @@ def labelled_in_midst(engine: Engine, meter: MemoryMeter, apart: Iterable[Tensor
 
 def _within_any(tensor: Tensor, places: list[tuple[int, int]]) -> bool:
     return bool(places) and any(start <= tensor.data_ptr() < end for start, end in places)
-
-
-def _flat_gradients(module: Any) -> Iterable[Tensor]:
-    """What DeepSpeed adds gradients up in, where that is there from the start: stage 1 in bf16, stage 3."""
-    optimizer = getattr(module, "optimizer", None)
-    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
-    return getattr(optimizer, "fp32_groups_gradients_flat", []) if flat is None else [flat]
 
 
 def _within(forward: Callable[..., Tensor], meter: MemoryMeter) -> Callable[..., Tensor]:

@@ -1,11 +1,12 @@
 """Memory of this process: the allocator's peaks on a GPU, the resident set on the host."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from scaling.host_memory import resident_bytes
 
 
 class MemoryMonitor:
@@ -25,7 +26,7 @@ class MemoryMonitor:
             return
         self._turn()
         yield
-        self._phases[name] = max(self._turn(), self._phases.get(name, 0))
+        self._phases[name] = max(self._turn()["allocated_bytes.all.peak"], self._phases.get(name, 0))
 
     def read(self) -> dict[str, Any]:
         """What `StepRecord.memory` says but for "device_used_bytes"; the allocator's figures are None on a CPU."""
@@ -36,8 +37,7 @@ class MemoryMonitor:
             )
         )
         if self._on_gpu:
-            self._turn()
-            stats, peaks = torch.cuda.memory_stats(self._device), self._peaks
+            stats, peaks = self._turn(), self._peaks
             found |= {f"{name}_peak_bytes": peak for name, peak in peaks.items()}
             found |= {
                 "fragmentation": 1 - peaks["active"] / peaks["reserved"] if peaks["reserved"] else None,
@@ -47,20 +47,12 @@ class MemoryMonitor:
                 "phases": self._phases or None,
             }
             self._peaks, self._phases = {}, {}
-        return {**found, "host_rss_bytes": _resident_bytes()}
+        return {**found, "host_rss_bytes": resident_bytes()}
 
-    def _turn(self) -> int:
-        """Begin to count peaks anew; returns the allocated bytes of the one that ends."""
+    def _turn(self) -> dict[str, Any]:
+        """Begin to count peaks anew; returns what the allocator has counted until now."""
         stats = torch.cuda.memory_stats(self._device)
         for name in ("allocated", "active", "reserved"):
             self._peaks[name] = max(stats[f"{name}_bytes.all.peak"], self._peaks.get(name, 0))
         torch.cuda.reset_peak_memory_stats(self._device)
-        return stats["allocated_bytes.all.peak"]
-
-
-def _resident_bytes() -> int | None:
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None  # no /proc on this system
+        return stats

@@ -44,7 +44,6 @@ class Tracer:
         self._first, self._last = first, last
         self._profiler: Any = None
         self._step: Any = None
-        self._clock: Clock | None = None
 
     def begin(self, step: int, clock: Clock) -> bool:
         """Start at the first step; name each."""

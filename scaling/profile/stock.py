@@ -148,11 +148,16 @@ def _gradients(module: nn.Module, weights: Iterable[Tensor]) -> Iterator[Tensor]
     for weight in weights:
         if weight.grad is not None:
             yield weight.grad
+    yield from flat_gradients(module)
+    for partitions in getattr(getattr(module, "optimizer", None), "averaged_gradients", {}).values():
+        yield from (partition for partition in partitions or () if isinstance(partition, Tensor))
+
+
+def flat_gradients(module: nn.Module) -> Iterable[Tensor]:
+    """What DeepSpeed adds gradients up in, where that is there from the start: stage 1 in bf16, stage 3."""
     optimizer = getattr(module, "optimizer", None)
     flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
-    yield from getattr(optimizer, "fp32_groups_gradients_flat", []) if flat is None else [flat]
-    for partitions in getattr(optimizer, "averaged_gradients", {}).values():
-        yield from (partition for partition in partitions or () if isinstance(partition, Tensor))
+    return getattr(optimizer, "fp32_groups_gradients_flat", []) if flat is None else [flat]
 
 
 def _tensors() -> Iterator[Tensor]:
