@@ -227,6 +227,7 @@ def pair():
 
         def reduce(tensor, seconds):
             work = mine.allreduce([tensor])
+            time.sleep(0.1)  # on a busy machine its thread may begin to wait later than this one goes on
             done = other.submit(late, seconds)
             work.wait()
             done.result()
@@ -252,8 +253,7 @@ def test_a_real_trace_of_a_cpu_shows_waiting_for_another_rank(pair, tmp_path, na
     found = analyse(tmp_path / name)
     assert found["steps"] == len(found["per_step"]) == 3
     for one, seconds in zip(found["per_step"], late_s, strict=True):
-        # A busy machine may let this rank begin to wait when the other has slept for a while.
-        assert seconds / 2 < one["communication_seconds"] < one["device_seconds"]
+        assert seconds < one["communication_seconds"] < one["device_seconds"]
         assert one["idle_seconds"] is None is one["exposed_communication_seconds"]
     regions = [event.time_range for event in profiler.events() if event.name == "step"]
     whole_us = max(one.end for one in regions) - min(one.start for one in regions)
