@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -104,6 +105,16 @@ def positive(text: str) -> int:
     if not (text.isdecimal() and len(text) <= 9 and 0 < int(text) <= 2**20):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {2**20}, but is {text[:40]!r}")
     return int(text)
+
+
+def write_output(path: Path | str, text: str, flag: str, remedy: str = "") -> None:
+    """Write the file that a command line's `flag` names; UserError where it cannot be written."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        told = f"`{flag}` must be a file that can be written, but {str(path)[:200]} is not: {reason}"
+        raise UserError(f"{told}; {remedy}" if remedy else told) from None
 
 
 def run_command(main: Callable[[], int | None]) -> int:

@@ -16,10 +16,9 @@ import shlex
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_command
+from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_command, write_output
 from scaling.estimate.formulas import formulas
 from scaling.estimate.memory import (
     COMMUNICATOR_BYTES,
@@ -178,13 +177,13 @@ def _write(
             if options.json == "-":
                 print(text)
             else:
-                _save(options.json, text + "\n", "--json")
+                write_output(options.json, text + "\n", "--json")
         if options.html:
             from scaling.estimate.page import page
 
-            _save(options.html, page(spec.name, documents), "--html")
+            write_output(options.html, page(spec.name, documents), "--html")
     if options.write and (best := results[0].best) is not None:
-        _save(options.write, json.dumps(_tuned(document, best), indent=2) + "\n", "--write")
+        write_output(options.write, json.dumps(_tuned(document, best), indent=2) + "\n", "--write")
 
 
 def _tuned(document: Document, best: Candidate) -> Any:
@@ -194,14 +193,6 @@ def _tuned(document: Document, best: Candidate) -> Any:
     for assignment in flags(best.changes):
         assign(document, assignment)
     return document.value
-
-
-def _save(path: str, text: str, flag: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"`{flag}` must be a file that can be written, but {path[:200]} is not: {reason}") from None
 
 
 # ---------------------------------------------------------------- what is shown

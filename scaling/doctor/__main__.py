@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scaling.doctor import Diagnosis, diagnose
 from scaling.doctor.show import as_json, lines, rules_page
-from scaling.errors import CommandLine, UserError, run_command
+from scaling.errors import CommandLine, UserError, run_command, write_output
 from scaling.summarize import read_run
 from scaling.view import print_lines
 
@@ -44,13 +44,7 @@ def _write(diagnoses: Sequence[tuple[Path, Diagnosis]], options: Namespace) -> N
     if options.json == "-":
         print(text)
         return
-    try:
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(
-            f"`--json` must be a file that can be written, but {options.json[:200]} is not: {reason}"
-        ) from None
+    write_output(options.json, text + "\n", "--json")
 
 
 def _parser() -> CommandLine:

@@ -9,10 +9,9 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from scaling.errors import CommandLine, UserError, run_command
+from scaling.errors import CommandLine, UserError, run_command, write_output
 from scaling.estimate.models import bare_document
 from scaling.groups import Group, group_of, resolve_groups
 from scaling.imports import add_allow_import, check_allowed
@@ -157,11 +156,7 @@ def _write(path: str, text: str) -> None:
     if path == "-":
         print(text)
         return
-    try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"`--json` must be a file that can be written, but {path[:200]} is not: {reason}") from None
+    write_output(path, text + "\n", "--json")
 
 
 def _parser() -> CommandLine:

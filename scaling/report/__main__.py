@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling.errors import CommandLine, UserError, run_command
+from scaling.errors import CommandLine, run_command, write_output
 from scaling.report.figures import MEMORY, TIMES, figures, read_logged
 from scaling.report.page import compare, page
 from scaling.report.words import energy_words, loss_words, percent, predicted_and_measured, rate_words
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_sheet(_sheet(report))
     if options.json:
         text = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1, allow_nan=False)
-        print(text) if quiet else _save(Path(options.json), text + "\n", "`--json`", "name another")
+        print(text) if quiet else write_output(options.json, text + "\n", "--json", "name another")
     if not options.no_html:
         place = _write_page(runs, reports, options.html)
         if not quiet:
@@ -50,18 +50,8 @@ def _write_page(runs: Sequence[RunData], reports: Sequence[dict[str, Any]], aske
     """Where it was written."""
     place = Path(asked) if asked else runs[0].folder / PAGE if len(runs) == 1 else Path(COMPARISON)
     text = page(runs[0], reports[0]) if len(runs) == 1 else compare(runs, reports)
-    _save(place, text, "`--html`", "name another, or pass `--no-html`")
+    write_output(place, text, "--html", "name another, or pass `--no-html`")
     return place
-
-
-def _save(path: Path, text: str, flag: str, remedy: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(
-            f"{flag} must be a file that can be written, but {str(path)[:200]} is not: {reason}; {remedy}"
-        ) from None
 
 
 # ---------------------------------------------------------------- what is shown
