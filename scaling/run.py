@@ -169,10 +169,11 @@ def _course(job: Job, process: "Process", recorder: "Recorder", first_step: int,
     recorder.event("start", first_step, world_size=process.world_size, backend=backend, hosts=hosts)
     try:
         yield
-    except Exception as error:
-        code = error.code if isinstance(error, UserError) else 1
-        step = error.step if isinstance(error, UserError) else None
-        recorder.event("end", step, code=code, reason=redacted(f"{type(error).__name__}: {error}"), rank=0)
+    except UserError as error:
+        recorder.event("end", error.step, code=error.code, reason=redacted(str(error)), rank=0)
+        raise
+    except Exception as error:  # what it comes to (memory, a lost peer, a bug), exit.json says
+        recorder.event("end", None, code=1, reason=type(error).__name__, rank=0)
         raise
     recorder.event("end", last_step, code=0, reason="done", rank=0)
 
@@ -337,9 +338,9 @@ def _observers(
     if profile.trace_steps is not None and first_step < profile.trace_steps[1]:
         found.append(Tracer(folder, rank, device, *profile.trace_steps))
     if profile.memory_step is not None:
-        labelled = partial(labelled_in_midst, engine, apart=keeper.staging)
         path = folder / MEMORY if process.is_main else None
-        found.append(Attribution(path, device, profile.memory_step, lambda meter: labelled(meter=meter)))
+        labelled = partial(labelled_in_midst, engine, apart=keeper.staging)
+        found.append(Attribution(path, device, profile.memory_step, labelled))
     return found
 
 

@@ -13,6 +13,7 @@ from scaling.nonfinite import GoBack, NonFinitePolicy
 from scaling.profile.clock import PHASES, Clock, Timings
 from scaling.profile.memory import MemoryMonitor
 from scaling.profile.nvml import UNKNOWN, DeviceMonitor
+from scaling.profile.observers import Tracer
 from scaling.profile.ranks import PLACES, own_numbers, told, total_energy
 from scaling.profile.recorder import Recorder, StepResult, Yardsticks
 from scaling.profile.sinks import JsonLines, Memory, TensorBoard, Terminal
@@ -270,6 +271,17 @@ def test_a_step_that_was_traced_counts_for_no_time(monkeypatch):
         found = [(one.step, one.step_seconds, one.window_steps, one.warm_up) for one in kept.steps]
         assert found == wanted
     assert kept.steps[2].pauses["profiling"] == 0, "there is no other step to tell of"
+
+
+def test_a_trace_that_a_resume_falls_into_is_of_what_is_left(tmp_path):
+    tracer, clock = Tracer(tmp_path, 0, CPU, first=3, last=4), Clock(CPU)
+    assert [tracer.begin(2, clock), tracer.begin(5, clock)] == [False, False]
+    assert tracer.begin(4, clock)
+    with clock.phase("forward"):
+        torch.ones(4).sum()
+    tracer.end(4)
+    summary = json.loads((tmp_path / "traces" / "rank0-steps-3-4.summary.json").read_text())
+    assert summary["steps"] == 1 and not tracer.begin(5, clock)
 
 
 class FakeMonitor:

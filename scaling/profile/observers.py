@@ -46,8 +46,8 @@ class Tracer:
         self._step: Any = None
 
     def begin(self, step: int, clock: Clock) -> bool:
-        """Start at the first step; name each."""
-        if step == self._first:
+        """Start at the first step, or the first that is left of them after a resume; name each."""
+        if self._profiler is None and self._first <= step <= self._last:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if self._device.type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
