@@ -19,10 +19,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _log_is_heard():
-    """A run within the process of the tests keeps its log to itself from then on: later tests would hear nothing."""
+    """A run within the process of the tests keeps its log to itself from then on: later tests would hear nothing.
+
+    Put right before a test as well as after it, since what its module's fixtures run is before it. pytest hands its own
+    handlers to a log that is kept to itself, so that none may be left on one that is not: each line would be told twice.
+    """
     logger = logging.getLogger("scaling")
-    level, handlers = logger.level, list(logger.handlers)
-    logger.propagate = True
+    level = logger.level
+    _free(logger)
     yield
+    _free(logger)
     logger.setLevel(level)
-    logger.handlers[:] = handlers
+
+
+def _free(logger):
+    logger.handlers.clear()
+    logger.propagate = True
