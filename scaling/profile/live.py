@@ -23,10 +23,10 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scaling.profile.storages import storages
 from scaling.records import Peak
 from scaling.units import ALLOCATION_BYTES
 
@@ -148,7 +148,7 @@ class LiveBytes(TorchDispatchMode):
         device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         if device.type != self._device:
             return []
-        return [self._span(storage) for storage in get_untyped_storages(tensor)]
+        return [self._span(storage) for storage in storages(tensor)]
 
     def _span(self, storage: torch.UntypedStorage) -> _Span:
         """What is known of a storage, from now on at the latest."""

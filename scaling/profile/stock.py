@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._tools.common_utils import get_untyped_storages
 
 from scaling.host_memory import COPY_BYTES, limits, resident_bytes
+from scaling.profile.storages import storages
 from scaling.watch.exhausted import COPY, REST, Exhausted, Held, asked_bytes, is_exhausted, is_of_host, message_of
 
 
@@ -117,7 +117,7 @@ def _parts(device: torch.device, engine: Stocked | None) -> dict[str, int]:
         total = 0
         for tensor in tensors:
             with contextlib.suppress(Exception):  # a tensor without memory, or in the making
-                for storage in get_untyped_storages(tensor):
+                for storage in storages(tensor):
                     if storage.device.type == device.type and storage._cdata not in seen:
                         seen.add(storage._cdata)
                         total += storage.nbytes()
