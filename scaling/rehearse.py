@@ -32,7 +32,7 @@ from scaling.inventory import CHANNELS, inventory_of
 from scaling.run import Job, device_name, resolve
 from scaling.run_folder import environment
 from scaling.spec import Spec, load_spec
-from scaling.spec.sections import Decoder, Recorded, Vla
+from scaling.spec.sections import Decoder, Recorded, Vla, packs
 from scaling.units import format_bytes, format_seconds
 from scaling.watch.exhausted import Exhausted
 
@@ -292,12 +292,17 @@ def _made_up(spec: Spec, count: int) -> "Samples":
     """So many random samples of the shapes that `spec` says."""
     import torch
 
-    from scaling.data.dataset import ActionBatch
+    from scaling.data.dataset import ActionBatch, PackedBatch
 
     model, length = spec.model, spec.data.sequence_length
     if not isinstance(model, Vla):
         words = model.vocab_size if isinstance(model, Decoder) else inventory_of(model).vocab_size
-        return made_up_tokens(words, count, length)
+        made_up = made_up_tokens(words, count, length)
+        if not packs(spec.data):
+            return made_up
+        # Two texts to a sample.
+        starts = torch.arange(length).ge(length // 2) * (length // 2)
+        return PackedBatch(made_up.inputs, made_up.targets, starts.expand(count, length).contiguous())
     vision, action = model.vision, model.action
     size = (count, vision.views, vision.image_size, vision.image_size, CHANNELS)
     return ActionBatch(

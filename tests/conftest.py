@@ -22,7 +22,7 @@ def _log_is_heard():
     """A run within the process of the tests keeps its log to itself from then on: later tests would hear nothing.
 
     Put right before a test as well as after it, since what its module's fixtures run is before it. pytest hands its own
-    handlers to a log that is kept to itself, so that none may be left on one that is not: each line would be told twice.
+    handlers to a log that is kept to itself: left on one that is not, each line would be told twice.
     """
     logger = logging.getLogger("scaling")
     level = logger.level

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from scaling.data.dataset import IGNORED, MicroBatch, from_windows
 from scaling.data.loader import step_batches, validation_batches
 from scaling.data.order import sample_indices
 from scaling.data.synthetic import SyntheticDataset
+from scaling.data.windows import WindowDataset
 from scaling.errors import StorageError, UserError
 from scaling.spec.sections import Spec
 
@@ -412,8 +414,8 @@ def test_two_processes_tokenise_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         time.sleep(0.5)
         return encode(texts)
 
-    encode = tokenizer._encode_bytes
-    monkeypatch.setattr(tokenizer, "_encode_bytes", slow_encode)
+    encode = tokenizer._bytes_of
+    monkeypatch.setattr(tokenizer, "_bytes_of", slow_encode)
     context = multiprocessing.get_context("fork")  # inherits the slow tokenizer
     answers = context.Queue()
     spec = make_spec(text_data(tmp_path))
@@ -431,7 +433,7 @@ def test_a_process_killed_while_tokenising_does_no_harm(tmp_path: Path, monkeypa
     write_corpus(tmp_path, a="text of a", b="text of b")
     spec = make_spec(text_data(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer, "_encode_bytes", lambda texts: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(tokenizer, "_bytes_of", lambda texts: os.kill(os.getpid(), signal.SIGKILL))
         worker = multiprocessing.get_context("fork").Process(target=build_datasets, args=(spec,))
         worker.start()
         worker.join(30)
@@ -579,3 +581,20 @@ def test_masked_shares_vary_around_their_mean(fraction: float) -> None:
     assert float(shares.mean()) == pytest.approx(fraction, abs=0.02)
     assert float(shares.max()) < 1  # one target is left at least
     assert float(shares.std()) > 0.3 * min(fraction, 1 - fraction)
+
+
+def test_each_line_of_a_jsonl_file_is_a_document(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": "two\\nlines", "source": "x"}\n')
+    data = {"kind": "text", "train": [str(path)], "validation": 0, "sequence_length": 4, "cache": str(tmp_path / "c")}
+    train, _ = build_datasets(make_spec(data))
+    assert isinstance(train, WindowDataset)
+    assert bytes(train.stream.read(0, len(train.stream)).tolist()) == b"one\0two\nlines\0"
+    with path.open("a") as file:
+        file.write('{"txt": "three"}\n')
+    with pytest.raises(UserError, match=r"text.jsonl:4: `text` must be text, but is absent; correct the line, or set"):
+        build_datasets(make_spec(data))
+    with caplog.at_level(logging.WARNING):
+        again, _ = build_datasets(make_spec({**data, "malformed": "skip"}))
+    assert isinstance(again, WindowDataset) and len(again.stream) == len(train.stream)
+    assert "1 lines of `data.train` are left out" in caplog.text

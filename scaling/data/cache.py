@@ -25,7 +25,9 @@ class TokenCounts:
     bytes: int = 0
     """UTF-8 bytes of the text that the tokens stand for."""
     documents: int = 0
-    """Files that were tokenised."""
+    """Files, or conversations, that were tokenised."""
+    left_out: int = 0
+    """Lines that were no conversation."""
 
 
 @dataclass(frozen=True)

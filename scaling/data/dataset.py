@@ -52,6 +52,14 @@ class MicroBatch(Samples):
 
 
 @dataclass(frozen=True)
+class PackedBatch(MicroBatch):
+    """Sequences that each hold several texts, none of which is to see another."""
+
+    starts: Tensor
+    """Where in its sequence the text begins that each input belongs to, int64 [micro_batch, sequence]."""
+
+
+@dataclass(frozen=True)
 class ActionBatch(Samples):
     """What robots saw, were told and did."""
 

@@ -1,6 +1,7 @@
 """From the globs of a spec to files."""
 
 import glob
+import hashlib
 import os
 import sysconfig
 from collections.abc import Sequence
@@ -41,6 +42,20 @@ def refuse_shared_files(train: Sequence[Path], validation: Sequence[Path]) -> No
                 f"`data.validation` must not share files with data.train, but {path} is in both; "
                 "narrow one of them, or set `data.validation` to a fraction"
             )
+
+
+def digest_of(path: Path) -> tuple[str, int]:
+    """SHA-256 of a file's content, hexadecimal, and its size in bytes."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def changed(path: Path) -> UserError:
+    """What to raise for a file that is not what it was when we first looked at it."""
+    return UserError(f"data file {path} must not change while it is read, but did; start again when it is complete")
 
 
 def unreadable(path: Path, error: OSError) -> UserError:

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from scaling.data.cache import TokenCounts, cached_tokens
-from scaling.data.files import is_standard_library, matching_files, refuse_shared_files, unreadable
+from scaling.data.files import (
+    changed,
+    digest_of,
+    is_standard_library,
+    matching_files,
+    refuse_shared_files,
+    unreadable,
+)
+from scaling.data.lines import Malformed, read_lines, refusal, tell_left_out, text_of
 from scaling.data.progress import progress_in_bytes
 from scaling.data.tokenizer import Tokenizer, open_tokenizer
 from scaling.data.windows import TokenFile, TokenStream, WindowDataset, hold_out_tail, refuse_too_small
@@ -30,6 +38,11 @@ class _Document:
     digest: str
     """SHA-256 of the content, hexadecimal."""
     size_bytes: int
+
+    @property
+    def holds_lines(self) -> bool:
+        """Whether each of its lines is an object with a text of its own."""
+        return self.path.suffix == ".jsonl"
 
 
 def open_text_data(data: TextData, vocab_size: int) -> tuple[WindowDataset, WindowDataset | None]:
@@ -59,15 +72,7 @@ def open_text_data(data: TextData, vocab_size: int) -> tuple[WindowDataset, Wind
 
 
 def _look_at(paths: Sequence[Path]) -> list[_Document]:
-    documents: list[_Document] = []
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                documents.append(_Document(path, digest, file.tell()))
-        except OSError as error:
-            raise unreadable(path, error) from error
-    return documents
+    return [_Document(path, *digest_of(path)) for path in paths]
 
 
 def _split(documents: Sequence[_Document], fraction: float) -> tuple[list[_Document], list[_Document]]:
@@ -87,14 +92,18 @@ def _open_windows(
     documents: Sequence[_Document], field: str, data: TextData, tokenizer: Tokenizer, vocab_size: int
 ) -> WindowDataset:
     # Which files are held out shows in the list of digests, so the split needs no place of its own in the key.
-    parts = [_FORMAT, tokenizer.identity, *(document.digest for document in documents)]
+    # Names do not matter but for their end, which says how a file is read.
+    kinds = [f" jsonl {data.malformed}" if document.holds_lines else "" for document in documents]
+    texts = [document.digest + kind for document, kind in zip(documents, kinds, strict=True)]
+    parts = [_FORMAT, tokenizer.identity, *texts]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     dtype = np.dtype("<u2" if tokenizer.vocabulary <= 2**16 else "<u4")
 
     def write(counts: TokenCounts) -> Iterator[np.ndarray]:
-        return _tokenise(documents, field, tokenizer, counts)
+        return _tokenise(documents, field, data, tokenizer, counts)
 
     entry = cached_tokens(Path(data.cache), key, dtype, write)
+    tell_left_out(entry.counts.left_out, field)
     ratio = entry.counts.bytes / entry.counts.tokens if entry.counts.tokens else None
     stream = TokenStream([TokenFile(entry.path, entry.tokens, key)])
     dataset = WindowDataset(stream, 0, len(stream), data.sequence_length, vocab_size, bytes_per_token=ratio)
@@ -103,11 +112,11 @@ def _open_windows(
 
 
 def _tokenise(
-    documents: Sequence[_Document], field: str, tokenizer: Tokenizer, counts: TokenCounts
+    documents: Sequence[_Document], field: str, data: TextData, tokenizer: Tokenizer, counts: TokenCounts
 ) -> Iterator[np.ndarray]:
     total_bytes = sum(document.size_bytes for document in documents)
     with progress_in_bytes(f"tokenising {field} ({len(documents)} files)", total_bytes) as advance:
-        for batch in _batches(documents):
+        for batch in _batches(documents, data, counts):
             yield from tokenizer.encode(batch)
             size_bytes = sum(len(text.encode()) for text in batch)
             counts.bytes += size_bytes
@@ -115,38 +124,47 @@ def _tokenise(
             advance(size_bytes)
 
 
-def _batches(documents: Sequence[_Document]) -> Iterator[list[str]]:
+def _batches(documents: Sequence[_Document], data: TextData, counts: TokenCounts) -> Iterator[list[str]]:
     """The texts, some MB at a time; one larger file makes a batch of its own."""
     batch: list[str] = []
-    batch_bytes = 0
+    characters = 0
     for document in documents:
-        text = _read(document)
-        if text is None:
-            continue
-        batch.append(text)
-        batch_bytes += document.size_bytes
-        if batch_bytes >= _BATCH_BYTES:
-            yield batch
-            batch, batch_bytes = [], 0
+        for text in _lines_of(document, data, counts) if document.holds_lines else _read(document):
+            batch.append(text)
+            characters += len(text)
+            if characters >= _BATCH_BYTES:
+                yield batch
+                batch, characters = [], 0
     if batch:
         yield batch
 
 
-def _read(document: _Document) -> str | None:
-    """The text; None for a file of the standard library that is not UTF-8 (its tests hold some on purpose)."""
+def _lines_of(document: _Document, data: TextData, counts: TokenCounts) -> Iterator[str]:
+    """The `text` of each line of a .jsonl file, as MiniMind's pretraining data have it."""
+    for line in read_lines(document.path, document.digest):
+        try:
+            yield text_of(line.value, "text")
+        except Malformed as error:
+            if data.malformed == "refuse":
+                raise refusal(line, error) from error
+            counts.left_out += 1
+
+
+def _read(document: _Document) -> list[str]:
+    """The text; none for a file of the standard library that is not UTF-8 (its tests hold some on purpose)."""
     path = document.path
     try:
         content = path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from error
     if hashlib.sha256(content).hexdigest() != document.digest:
-        raise UserError(f"data file {path} must not change while it is read, but did; start again when it is complete")
+        raise changed(path)
     try:
-        return content.decode("utf-8")
+        return [content.decode("utf-8")]
     except UnicodeDecodeError as error:
         if is_standard_library(path):
             logging.getLogger(__name__).debug("left out %s: %s", path, error)
-            return None
+            return []
         raise UserError(
             f"data file {path} must be UTF-8, but is not at byte {error.start}; "
             "convert it (`iconv -t utf-8`) or leave it out"

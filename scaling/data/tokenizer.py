@@ -21,13 +21,20 @@ class Tokenizer:
     """Two tokenizers of one identity give equal ids."""
     vocabulary: int
     """One more than the largest id."""
-    encode: Callable[[Sequence[str]], list[np.ndarray]]
-    """Ids of each document, each an array of integers that ends with the end-of-text token where there is one."""
+    pieces: Callable[[Sequence[str]], list[np.ndarray]]
+    """Ids of each text, each an array of integers."""
+    end: int | None
+    """The token between two documents; None where it has none."""
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each document, each ending with the end-of-text token where there is one."""
+        ending = [] if self.end is None else [self.end]
+        return [np.append(ids, ids.dtype.type(ending)) for ids in self.pieces(texts)]
 
 
 def open_tokenizer(name: str, vocab_size: int) -> Tokenizer:
     """The tokenizer of this name ("bytes" or the path of a tokenizer.json), checked against the model's vocab_size."""
-    tokenizer = Tokenizer("bytes", 256, _encode_bytes) if name == "bytes" else _open_file(Path(name))
+    tokenizer = Tokenizer("bytes", 256, _bytes_of, 0) if name == "bytes" else _open_file(Path(name))
     if tokenizer.vocabulary > vocab_size:
         raise UserError(
             f"`model.vocab_size` must be at least {tokenizer.vocabulary} for the tokenizer {name}, "
@@ -36,8 +43,8 @@ def open_tokenizer(name: str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _encode_bytes(texts: Sequence[str]) -> list[np.ndarray]:
-    return [np.frombuffer(text.encode("utf-8") + b"\0", dtype=np.uint8) for text in texts]
+def _bytes_of(texts: Sequence[str]) -> list[np.ndarray]:
+    return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
 
 def _open_file(path: Path) -> Tokenizer:
@@ -64,11 +71,10 @@ def _open_file(path: Path) -> Tokenizer:
     inner.no_truncation()
     inner.no_padding()
     end = next((inner.token_to_id(token) for token in ENDS_OF_TEXT if inner.token_to_id(token) is not None), None)
-    ending = [] if end is None else [end]
 
-    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+    def pieces(texts: Sequence[str]) -> list[np.ndarray]:
         encodings = inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids + ending, dtype=np.uint32) for encoding in encodings]
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     vocabulary = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
-    return Tokenizer(hashlib.sha256(content).hexdigest(), vocabulary, encode)
+    return Tokenizer(hashlib.sha256(content).hexdigest(), vocabulary, pieces, end)

@@ -44,6 +44,8 @@ class PlayedBlocks:
         self.queries = model.num_attention_heads * head_dim(model)
         self.rotation: list[Storage] = []
         """Cosines and sines."""
+        self.mask: Storage | None = None
+        """What is added to the scores where texts are packed."""
         self.keys = (model.num_key_value_heads or model.num_attention_heads) * head_dim(model)
 
     def wrapped(self, name: str, value: Value, body: Callable[[str, Value], Value]) -> Value:
@@ -57,17 +59,17 @@ class PlayedBlocks:
         """Block.forward, checkpointed or not."""
         if self.checkpointing == "none":
             return self.block_forward(name, hidden)
-        rotation, selective = self.rotation, self.checkpointing == "selective"
+        rotation, mask, selective = self.rotation, self.mask, self.checkpointing == "selective"
 
         def call(hidden: Value) -> Value:
-            self.rotation = rotation
+            self.rotation, self.mask = rotation, mask
             try:
                 return self.block_forward(name, hidden)
             finally:
-                self.rotation = []
+                self.rotation, self.mask = [], None
 
         result = self.ops.checkpointed(call, hidden, selective=selective)
-        self.rotation = rotation
+        self.rotation, self.mask = rotation, mask
         return result
 
     def block_forward(self, name: str, hidden: Value) -> Value:
@@ -135,7 +137,7 @@ class PlayedBlocks:
         query, key = self.wrapped(f"{name}.q_norm", query, norm), self.wrapped(f"{name}.k_norm", key, norm)
         if model.position == "rope":
             query, key = ops.rotate(query, *self.rotation), ops.rotate(key, *self.rotation)
-        mixed = ops.attention(query, key, value, head_dim(model))
+        mixed = ops.attention(query, key, value, head_dim(model), self.mask)
         if model.qk_norm:  # its result is laid out like the query
             mixed = ops.contiguous(mixed)
         return self.linear(f"{name}.o_proj", mixed, model.hidden_size, model.bias)
@@ -166,9 +168,12 @@ class PlayedDecoder(PlayedBlocks):
         checkpointing: str = "none",
         compiled: bool = False,
         lora: Lora | None = None,
+        packed: bool = False,
     ) -> None:
         super().__init__(model, ops, hooks, checkpointing=checkpointing, compiled=compiled, lora=lora)
         self.chunked = chunked
+        self.packed = packed
+        """Each sample holds several texts."""
 
     def forward(self) -> Value:
         """The summed loss."""
@@ -177,10 +182,15 @@ class PlayedDecoder(PlayedBlocks):
         hooks.enter("embed_tokens", None)
         hidden = hooks.leave("embed_tokens", ops.embedding("embed_tokens", shape.rows, model.hidden_size))
         positions = ops.new(shape.sequence, LONG)
-        self.rotation = [ops.new(shape.sequence * head_dim(model)) for _ in range(2 * (model.position == "rope"))]
+        places_of = shape.sequence  # positions that differ from each other, as far as the code can tell
+        if self.packed:
+            self.mask = self.mask_of()
+            places_of = shape.rows
+            positions = ops.new(places_of, LONG)
+        self.rotation = [ops.new(places_of * head_dim(model)) for _ in range(2 * (model.position == "rope"))]
         if model.position == "learned":
             hooks.enter("embed_positions", None)
-            places = hooks.leave("embed_positions", ops.embedding("embed_positions", shape.sequence, model.hidden_size))
+            places = hooks.leave("embed_positions", ops.embedding("embed_positions", places_of, model.hidden_size))
             hidden = ops.add(hidden, places)
             del places
         hidden = self.wrapped("dropout", hidden, self.dropout)
@@ -188,8 +198,17 @@ class PlayedDecoder(PlayedBlocks):
             hidden = ops.border(self.wrapped(f"layers.{index}", ops.border(hidden), self.block))
         loss = self.wrapped("lm_head", self.wrapped("norm", hidden, self.norm), self.head)
         del hidden, positions
-        self.rotation = []
+        self.rotation, self.mask = [], None
         return hooks.leave("", loss)
+
+    def mask_of(self) -> Storage:
+        """mask_of of scaling/models/decoder.py."""
+        ops, pairs = self.ops, self.ops.shape.rows * self.ops.shape.sequence
+        before, inside, seen = (ops.new(pairs, 1) for _ in range(3))
+        del before, inside
+        mask = ops.new(pairs)
+        del seen
+        return mask
 
     def head(self, name: str, hidden: Value) -> Value:
         """Head.forward with targets."""

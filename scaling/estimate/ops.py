@@ -192,16 +192,16 @@ class Ops:
         run = lambda *_: self.made(sizes)  # noqa: E731
         return self.result(inputs.elements, [inputs, weight, extra], saved, run, out)
 
-    def attention(self, query: Value, key: Value, value: Value, width: int) -> Value:
+    def attention(self, query: Value, key: Value, value: Value, width: int, mask: Storage | None = None) -> Value:
         """Flash attention, fused: keeps its inputs, its result and the log-sum-exp of each row in fp32.
 
-        `width` is that of a head.
+        `width` is that of a head; `mask` is what is added to the scores.
         """
         rows = query.elements // width
         out, normaliser = self.kept(query.elements), self.kept(rows, FLOAT)
 
         sizes = [query.elements, key.elements, value.elements]  # all three are made, wanted or not
-        saved = [query.storage, key.storage, value.storage, out, normaliser]
+        saved = [query.storage, key.storage, value.storage, out, normaliser, *([mask] if mask else [])]
 
         def run(_: Storage, __: list[Storage]) -> Gradients:
             # torch/csrc flash_attn: dq summed up in fp32, a row sum of out * gradient, and for grouped queries the

@@ -16,7 +16,7 @@ from scaling.inventory import inventory_of, still, text_length
 from scaling.records import BatchPlan
 from scaling.spec.sections import DDP as DDPSpec
 from scaling.spec.sections import FSDP as FSDPSpec
-from scaling.spec.sections import Decoder, FactoryModel, HuggingFace, Spec, Vla, in_chunks
+from scaling.spec.sections import Decoder, FactoryModel, HuggingFace, Spec, Vla, in_chunks, packs
 from scaling.spec.sections import DeepSpeed as DeepSpeedSpec
 from scaling.units import WIDTHS
 
@@ -62,7 +62,8 @@ def batch_sizes(spec: Spec, plan: BatchPlan, *, cuda: bool) -> list[int]:
     """Bytes of each tensor of a step's micro-batches; a vla's are on a GPU one at a time."""
     match spec.model:
         case Decoder() | FactoryModel() | HuggingFace():
-            return [LONG * plan.micro_batch * plan.sequence_length] * (2 * plan.accumulation)
+            tensors = 3 if packs(spec.data) else 2
+            return [LONG * plan.micro_batch * plan.sequence_length] * (tensors * plan.accumulation)
         case Vla() as model:
             text = text_length(model, plan.sequence_length)
             return vla.batch_sizes(model, plan.micro_batch, text) * (1 if cuda else plan.accumulation)
@@ -81,6 +82,7 @@ def _played_model(
                 checkpointing=checkpointing,
                 compiled=compiled,
                 lora=spec.lora,
+                packed=packs(spec.data),
             )
         case Vla() as model:
             parts = still(model, frozen)

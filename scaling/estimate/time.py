@@ -21,7 +21,7 @@ from scaling.groups import Group
 from scaling.hardware import Cluster
 from scaling.inventory import block_finder, inventory_of, text_length
 from scaling.records import BatchPlan
-from scaling.spec.sections import Recorded, Spec, Vla, in_chunks
+from scaling.spec.sections import Recorded, Spec, Vla, in_chunks, packs
 
 KERNEL_SECONDS = 2e-6
 """What each kernel loses on the device between the one before and itself, filling up included. Engineering judgement:
@@ -77,7 +77,8 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
     work = structure(model, frozen, spec.lora)
     tokens, length = plan.micro_batch * plan.sequence_length, plan.sequence_length
     blocks = tuple(
-        (block, count, block_passes(model, block, tokens, length, mode, spec.compile, rates))
+        # Where a mask says who sees whom, no kernel knows that it is causal, and half the scores are made in vain.
+        (block, count, block_passes(model, block, tokens, length, mode, spec.compile, rates, not packs(spec.data)))
         for block, count in work.blocks
     )
     chunked = in_chunks(spec.objective)

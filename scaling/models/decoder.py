@@ -68,19 +68,25 @@ class Decoder(nn.Module):
         if spec.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
         """Logits [batch, sequence, vocabulary], or with `targets` the summed loss (fp32 scalar).
 
-        `input_ids` and `targets`: int64 [batch, sequence]; targets of -100 are masked.
+        `input_ids` and `targets`: int64 [batch, sequence]; targets of -100 are masked. Where a sequence holds several
+        texts, `starts`, int64 [batch, sequence], says where the text of each token begins: tokens see those of their
+        own text alone, and positions count from its beginning.
         """
         hidden = self.embed_tokens(input_ids)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        mask = None
+        if starts is not None:
+            mask = mask_of(starts, hidden.dtype)
+            positions = positions - starts
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(positions)
         rotation = rotation_of(self.spec, positions, hidden.dtype) if self.spec.position == "rope" else None
         hidden = self.dropout(hidden)
         for layer in self.layers:
-            hidden = layer(hidden, rotation)
+            hidden = layer(hidden, rotation) if mask is None else layer(hidden, rotation, mask)
         return self.lm_head(self.norm(hidden), targets)
 
 
@@ -95,9 +101,9 @@ class Block(nn.Module):
         self.mlp = MLP(spec)
         self.dropout = nn.Dropout(spec.dropout)
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[batch, sequence, hidden] -> the same."""
-        hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), rotation))
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None = None) -> Tensor:
+        """[batch, sequence, hidden] -> the same; `mask` as of `mask_of`."""
+        hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), rotation, mask))
         return hidden + self.dropout(self.mlp(self.post_attention_layernorm(hidden)))
 
 
@@ -120,8 +126,8 @@ class Attention(nn.Module):
         self.grouped = keys != queries
         self.dropout = spec.dropout
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[batch, sequence, hidden] -> the same."""
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None = None) -> Tensor:
+        """[batch, sequence, hidden] -> the same; `mask` as of `mask_of`, in place of a causal one."""
         query, key, value = (
             projection(hidden).unflatten(-1, (-1, self.width)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -130,8 +136,9 @@ class Attention(nn.Module):
         if rotation is not None:
             query, key = _rotate(query, *rotation), _rotate(key, *rotation)
         dropout = self.dropout if self.training else 0.0
+        causal = self.causal and mask is None
         mixed = F.scaled_dot_product_attention(
-            query, key, value, is_causal=self.causal, dropout_p=dropout, enable_gqa=self.grouped
+            query, key, value, mask, is_causal=causal, dropout_p=dropout, enable_gqa=self.grouped
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -194,12 +201,27 @@ def norm_of(spec: DecoderSpec) -> nn.Module:
     return nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
 
+def mask_of(starts: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of attention where texts are packed: 0 from each token to itself and to those before
+    it in its text, -inf to all others. [batch, 1, sequence, sequence], of the queries' type, or each layer would cast.
+
+    `starts`: int64 [batch, sequence], where in its sequence the text of each token begins.
+    """
+    places = torch.arange(starts.shape[1], device=starts.device)
+    seen = (places >= starts.unsqueeze(2)) & (places <= places.unsqueeze(1))
+    mask = torch.zeros(seen.shape, dtype=dtype, device=starts.device)
+    return mask.masked_fill_(seen.logical_not_(), float("-inf")).unsqueeze(1)
+
+
 def rotation_of(spec: DecoderSpec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [sequence, head_dim] of the rotary embedding (Su et al., 2021), halves laid out as Llama's."""
+    """Cosines and sines of the rotary embedding (Su et al., 2021), halves laid out as Llama's: [sequence, head_dim], or
+    [batch, 1, sequence, head_dim] for positions [batch, sequence]."""
     width = head_dim(spec)
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-    angles = torch.outer(positions.float(), spec.rope_theta**-exponents)
+    angles = positions.float().unsqueeze(-1) * spec.rope_theta**-exponents
     angles = torch.cat((angles, angles), dim=-1)
+    if positions.dim() == 2:
+        angles = angles.unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -11,7 +11,7 @@ from scaling.errors import UserError
 from scaling.imports import call_target
 from scaling.objectives.behaviour_cloning import flow_matching, regression
 from scaling.records import IGNORED
-from scaling.spec.sections import BehaviourCloning, CausalLM, Factory
+from scaling.spec.sections import SFT, BehaviourCloning, CausalLM, Factory
 from scaling.spec.sections import Objective as ObjectiveSpec
 
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -24,7 +24,7 @@ def build_objective(spec: ObjectiveSpec, allow_import: Sequence[str] = (), *, fr
     `from_logits`: of a module that returns logits, where this project's own take targets and return the summed loss.
     """
     match spec:
-        case CausalLM():
+        case CausalLM() | SFT():
             return _causal_lm_from_logits if from_logits else _causal_lm
         case BehaviourCloning(loss="flow_matching"):
             return flow_matching
@@ -47,4 +47,9 @@ def _causal_lm_from_logits(module: nn.Module, batch: Any) -> Tensor:
 
 
 def _causal_lm(module: nn.Module, batch: Any) -> Tensor:
-    return module(batch.inputs, batch.targets)
+    return module(batch.inputs, batch.targets, **_apart(batch))
+
+
+def _apart(batch: Any) -> dict[str, Tensor]:
+    starts = getattr(batch, "starts", None)
+    return {} if starts is None else {"starts": starts}

@@ -294,6 +294,14 @@ class CausalLM(Section):
     always is for models of the kinds factory and huggingface."""
 
 
+class SFT(Section):
+    """Supervised fine-tuning on conversations: as causal_lm, with what the assistant says as the only targets."""
+
+    kind: Literal["sft"]
+    cross_entropy: Literal["chunked", "plain"] = "chunked"
+    """As of causal_lm."""
+
+
 class BehaviourCloning(Section):
     """Actions as a demonstrator's: the error summed over the numbers of all actions that are no padding, over the whole
     step, divided by how many they are."""
@@ -322,12 +330,12 @@ class Factory(Section):
     """Its keyword arguments."""
 
 
-Objective = Annotated[CausalLM | BehaviourCloning | Factory, Field(discriminator="kind")]
+Objective = Annotated[CausalLM | SFT | BehaviourCloning | Factory, Field(discriminator="kind")]
 
 
 def in_chunks(objective: Objective) -> bool:
     """Whether a decoder's loss takes a slice of the tokens at a time: for code of one's own it does."""
-    return not isinstance(objective, CausalLM) or objective.cross_entropy == "chunked"
+    return not isinstance(objective, CausalLM | SFT) or objective.cross_entropy == "chunked"
 
 
 # ---------------------------------------------------------------- data
@@ -338,7 +346,8 @@ class TextData(Section):
 
     kind: Literal["text"]
     train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
-    """Globs of UTF-8 files, relative to the working folder; "python-stdlib" means the standard library's .py files."""
+    """Globs of UTF-8 files, relative to the working folder; of a .jsonl file each line is an object whose `text` is a
+    document of its own; "python-stdlib" means the standard library's .py files."""
     validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
     """The share of files (by a hash of their content; of a lone file, its end) held out for validation, or globs of
     validation files; 0 holds out none."""
@@ -346,6 +355,9 @@ class TextData(Section):
     """"bytes" (vocabulary of 256; the byte 0 ends a document), or the path of a Hugging Face tokenizer.json."""
     sequence_length: Size
     """Tokens in one sample."""
+    malformed: Literal["refuse", "skip"] = "refuse"
+    """What happens to a line of a .jsonl file that has no text: the run does not start, and file and line are named; or
+    it is left out, and counted in the log."""
     cache: Text = ".cache/scaling"
     """Folder of the tokenised files, keyed by content and tokenizer; safe to delete."""
 
@@ -366,6 +378,44 @@ class TokenData(Section):
     """Tokens in one sample."""
 
 
+class ChatData(Section):
+    """Conversations in jsonl, one object a line: `messages` (role, content), MiniMind's and ShareGPT's `conversations`
+    (role, content or from, value), or Dolly's and Alpaca's fields (instruction, context or input, response or output).
+
+    Targets are the words of the assistant and what ends them, for the objective causal_lm those of everybody.
+    """
+
+    kind: Literal["chat"]
+    train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
+    """Globs of .jsonl files, relative to the working folder; "python-stdlib" means conversations made of the standard
+    library: a function without its docstring, and what its docstring says first."""
+    validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
+    """The share of conversations (by a hash of their content) held out for validation, or globs of validation files; 0
+    holds out none."""
+    tokenizer: Text = "bytes"
+    """"bytes" (vocabulary of 256; the byte 0 ends a text), or the path of a Hugging Face tokenizer.json."""
+    template: Literal["chatml", "instruction"] = "chatml"
+    """How a conversation becomes text. chatml: <|im_start|>role … <|im_end|>, as Qwen and MiniMind; instruction:
+    "### Instruction:" and "### Response:", for models that know no such tokens, as GPT-2."""
+    sequence_length: Size
+    """Tokens in one sample."""
+    packing: bool = True
+    """Several conversations in one sample, none of which sees another; false: one in each, and padding."""
+    too_long: Literal["truncate", "skip", "refuse"] = "truncate"
+    """What happens to a conversation longer than sequence_length + 1 tokens: its end is cut off, it is left out, or the
+    run does not start. What is cut off and left out is counted in the log."""
+    malformed: Literal["refuse", "skip"] = "refuse"
+    """What happens to a line that is no conversation: the run does not start, and file and line are named; or it is
+    left out, and counted in the log."""
+    cache: Text = ".cache/scaling"
+    """Folder of the tokenised conversations, keyed by content, tokenizer and template; safe to delete."""
+
+
+def packs(data: "Data") -> bool:
+    """Whether samples hold several texts each, which do not see one another."""
+    return isinstance(data, ChatData) and data.packing
+
+
 class SyntheticData(Section):
     """Made samples with a pattern that can be learnt, for tests and for benchmarks of speed; no file is read.
 
@@ -384,7 +434,7 @@ class SyntheticData(Section):
     """Tokens in one sample; of a vla: in its instruction."""
 
 
-Data = Annotated[TextData | TokenData | SyntheticData, Field(discriminator="kind")]
+Data = Annotated[TextData | TokenData | ChatData | SyntheticData, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------- batch, optimizer, groups, schedule
@@ -864,7 +914,7 @@ class Spec(Section):
                 f"`data.sequence_length` must be at most {field}.max_position_embeddings "
                 f"({reader.max_position_embeddings}), but is {data.sequence_length}; change one of them"
             )
-        if isinstance(data, TextData) and data.tokenizer == "bytes" and reader.vocab_size < 256:
+        if isinstance(data, TextData | ChatData) and data.tokenizer == "bytes" and reader.vocab_size < 256:
             yield (
                 f'`{field}.vocab_size` must be at least 256 for the tokenizer "bytes", '
                 f"but is {reader.vocab_size}; set it to 256"
@@ -877,11 +927,22 @@ class Spec(Section):
 
     def _model_and_objective(self) -> Iterator[str]:
         model, objective = self.model, self.objective
-        wanted = "behaviour_cloning" if isinstance(model, Vla) else "causal_lm"
-        if not isinstance(objective, Factory) and objective.kind != wanted:
+        wanted = ("behaviour_cloning",) if isinstance(model, Vla) else ("causal_lm", "sft")
+        if not isinstance(objective, Factory) and objective.kind not in wanted:
+            either = " or ".join(f'"{kind}"' for kind in wanted)
             yield (
-                f'`objective.kind` must be "{wanted}" for a model of kind "{model.kind}", but is "{objective.kind}"; '
-                f'set `objective` to {{"kind": "{wanted}"}}'
+                f'`objective.kind` must be {either} for a model of kind "{model.kind}", but is "{objective.kind}"; '
+                f'set `objective` to {{"kind": "{wanted[0]}"}}'
+            )
+        elif isinstance(objective, SFT) and not isinstance(self.data, ChatData):
+            yield (
+                f'`data.kind` must be "chat" for the objective "sft", but is "{self.data.kind}", which does not say '
+                'whose words are whose; change it, or set `objective` to {"kind": "causal_lm"}'
+            )
+        if isinstance(self.data, ChatData) and self.data.packing and not isinstance(model, Decoder):
+            yield (
+                f'`data.packing` must be false for a model of kind "{model.kind}", but is true: it cannot keep '
+                "conversations apart; set it to false"
             )
         if isinstance(model, Vla) and isinstance(objective, BehaviourCloning):
             head = "velocity" if objective.loss == "flow_matching" else "direct"

@@ -1,0 +1,281 @@
+"""Samples of conversations: tokenised once into a cached file, packed, the assistant's words marked as targets."""
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scaling.data.cache import TokenCounts, cached_tokens
+from scaling.data.conversations import Message, messages_of, pieces
+from scaling.data.dataset import MicroBatch, PackedBatch
+from scaling.data.docstrings import docstring_lines
+from scaling.data.files import digest_of, is_standard_library, matching_files, refuse_shared_files
+from scaling.data.lines import Line, Malformed, read_lines, refusal, tell_left_out
+from scaling.data.packing import pack
+from scaling.data.progress import progress_in_bytes
+from scaling.data.tokenizer import Tokenizer, open_tokenizer
+from scaling.errors import UserError
+from scaling.records import IGNORED
+from scaling.spec.sections import ChatData
+
+SPOKEN, FIRST = np.uint32(1 << 31), np.uint32(1 << 30)
+"""Bits of a cached token: the assistant says it; a conversation begins with it."""
+_ID = np.uint32((1 << 30) - 1)
+_FORMAT = "scaling conversations 1"
+"""Part of every key: to be raised when the same lines come to be tokenised otherwise."""
+_AT_A_TIME = 1024
+"""Conversations tokenised at a time: enough to occupy all threads of the tokenizers library."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Tokenised conversations in a cached file."""
+
+    key: str
+    tokens: np.ndarray
+    """uint32, memory-mapped: ids with the bits SPOKEN and FIRST."""
+    starts: np.ndarray
+    """Where each conversation begins, and the end of the last one: int64 [conversations + 1]."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, int64 [conversations]."""
+        return np.diff(self.starts)
+
+    def ids(self, number: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of up to `most` first tokens of a conversation, int64, and which of them the assistant says."""
+        start = int(self.starts[number])
+        found = np.asarray(self.tokens[start : min(start + most, int(self.starts[number + 1]))])
+        return (found & _ID).astype(np.int64), (found & SPOKEN) != 0
+
+    def spoken_at(self, most: int) -> np.ndarray:
+        """Targets among the first `most` tokens of each that the assistant says, int64 [conversations]."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        spoken = (np.asarray(self.tokens) & SPOKEN) != 0
+        spoken[self.starts[:-1]] = False  # the first token of a text is no target
+        sums = np.concatenate([[0], np.cumsum(spoken)])
+        ends = np.minimum(self.starts[:-1] + most, self.starts[1:])
+        return sums[ends] - sums[self.starts[:-1]]
+
+    def hashes(self) -> np.ndarray:
+        """One number for what each says, uint64 [conversations]."""
+        bounds = self.starts.tolist()
+        parts = (np.asarray(self.tokens[a:b]).tobytes() for a, b in itertools.pairwise(bounds))
+        digests = b"".join(hashlib.blake2b(part, digest_size=8).digest() for part in parts)
+        return np.frombuffer(digests, dtype="<u8")
+
+
+@dataclass(frozen=True)
+class ChatDataset:
+    """Samples of one conversation each, or of several that do not see each other."""
+
+    conversations: Conversations
+    rows: Sequence[Sequence[int]]
+    """The conversations of each sample."""
+    sequence_length: int
+    spoken_only: bool
+    """Targets are the assistant's words; else everybody's."""
+    packed: bool
+    pad: int
+    """Id of the tokens that fill a sample up; nothing sees them, and they are no targets."""
+    bytes_per_token: float | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.conversations.key.encode())
+        for row in self.rows:
+            digest.update(np.array([*row, -1], dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, indices: np.ndarray) -> MicroBatch:
+        """The samples with these indices; see `Dataset.read`."""
+        shape = (len(indices), self.sequence_length)
+        inputs, targets = np.full(shape, self.pad, np.int64), np.full(shape, IGNORED, np.int64)
+        starts = np.zeros(shape, np.int64)
+        for row, index in enumerate(indices.tolist()):
+            place = 0
+            for number in self.rows[index]:
+                ids, spoken = self.conversations.ids(number, self.sequence_length + 1)
+                end = place + len(ids) - 1
+                inputs[row, place:end] = ids[:-1]
+                targets[row, place:end] = np.where(spoken[1:], ids[1:], IGNORED) if self.spoken_only else ids[1:]
+                starts[row, place:end] = place
+                place = end
+            starts[row, place:] = place
+        tensors = torch.from_numpy(inputs), torch.from_numpy(targets)
+        return PackedBatch(*tensors, torch.from_numpy(starts)) if self.packed else MicroBatch(*tensors)
+
+
+def open_chat_data(data: ChatData, vocab_size: int, *, spoken_only: bool) -> tuple[ChatDataset, ChatDataset | None]:
+    """The training and the validation samples, tokenised now if they are not in the cache.
+
+    Errors: UserError for files, lines or a tokenizer that cannot be used, StorageError for the cache folder.
+    """
+    tokenizer = open_tokenizer(data.tokenizer, vocab_size)
+    if data.template == "instruction" and tokenizer.end is None:
+        raise UserError(
+            f'`data.template` must be "chatml" for a tokenizer without an end-of-text token, as {data.tokenizer}, but '
+            'is "instruction", whose responses would never end; add the token, or change the template'
+        )
+
+    def dataset(store: Conversations, chosen: np.ndarray, field: str) -> ChatDataset:
+        rows = _rows(store, chosen, data, field, spoken_only=spoken_only)
+        return ChatDataset(store, rows, data.sequence_length, spoken_only, data.packing, tokenizer.end or 0)
+
+    train_paths = _paths(data.train, "data.train")
+    train = open_conversations(train_paths, "data.train", data, tokenizer, _said_in)
+    if isinstance(data.validation, list):
+        paths = _paths(data.validation, "data.validation")
+        refuse_shared_files(train_paths, paths)
+        held_out = open_conversations(paths, "data.validation", data, tokenizer, _said_in)
+        chosen = np.arange(len(held_out))
+        return dataset(train, np.arange(len(train)), "data.train"), dataset(held_out, chosen, "data.validation")
+    stays, held = split_by_hash(train.hashes(), data.validation, "conversations")
+    return (
+        dataset(train, stays, "data.train"),
+        dataset(train, held, "data.validation") if len(held) else None,
+    )
+
+
+def _said_in(record: Any) -> list[list[Message]]:
+    return [messages_of(record)]
+
+
+def split_by_hash(hashes: np.ndarray, fraction: float, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of those to train on and of those held out; what they say decides, so that copies stay together."""
+    everything = np.arange(len(hashes))
+    if fraction == 0 or len(hashes) == 0:
+        return everything, everything[:0]
+    held = (hashes < np.uint64(min(int(fraction * 2**64), 2**64 - 1))) | (hashes == hashes.min())
+    if held.all():
+        raise UserError(
+            f"`data.validation` must leave {what} to train on, but {fraction} holds out all {len(hashes)} of them "
+            "(copies count as one); add data, lower it, or set it to globs"
+        )
+    return everything[~held], everything[held]
+
+
+def open_conversations(
+    paths: Sequence[Path],
+    field: str,
+    data: ChatData,
+    tokenizer: Tokenizer,
+    said_in: Callable[[Any], Sequence[Sequence[Message]]],
+) -> Conversations:
+    """What the lines of these files say, in their order; `said_in` gives the conversations of a line's object."""
+    files = [(path, *digest_of(path)) for path in paths]
+    parts = [_FORMAT, tokenizer.identity, data.template, data.malformed, *(digest for _, digest, _ in files)]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    def write(counts: TokenCounts) -> Iterator[np.ndarray]:
+        total = sum(size for _, _, size in files)
+        with progress_in_bytes(f"tokenising {field} ({len(files)} files)", total) as advance:
+            said = _all_said(_lines(files), data, said_in, counts, advance)
+            while some := list(itertools.islice(said, _AT_A_TIME)):
+                counts.documents += len(some)
+                yield from _tokenised(some, data.template, tokenizer)
+
+    entry = cached_tokens(Path(data.cache), key, np.dtype("<u4"), write)
+    tell_left_out(entry.counts.left_out, field)
+    starts = np.flatnonzero(np.asarray(entry.tokens) & FIRST)
+    return Conversations(key, entry.tokens, np.append(starts, len(entry.tokens)).astype(np.int64))
+
+
+def _all_said(
+    lines: Iterator[Line],
+    data: ChatData,
+    said_in: Callable[[Any], Sequence[Sequence[Message]]],
+    counts: TokenCounts,
+    advance: Callable[[int], None],
+) -> Iterator[Sequence[Message]]:
+    for line in lines:
+        advance(line.size_bytes)
+        counts.bytes += line.size_bytes
+        try:
+            yield from said_in(line.value)
+        except Malformed as error:
+            if data.malformed == "refuse":
+                raise refusal(line, error) from error
+            counts.left_out += 1
+
+
+def _lines(files: Sequence[tuple[Path, str, int]]) -> Iterator[Line]:
+    for path, digest, _ in files:
+        yield from docstring_lines(path) if is_standard_library(path) else read_lines(path, digest)
+
+
+def _tokenised(said: Sequence[Sequence[Message]], template: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """For each conversation its ids with the bits SPOKEN and FIRST."""
+    parts = [pieces(messages, template) for messages in said]
+    ids = iter(tokenizer.pieces([piece.text for conversation in parts for piece in conversation]))
+    end = [] if tokenizer.end is None else [tokenizer.end]
+    for conversation in parts:
+        found = [
+            np.append(next(ids).astype(np.uint32), np.array(end if piece.ends else [], np.uint32))
+            | (SPOKEN if piece.spoken else np.uint32(0))
+            for piece in conversation
+        ]
+        tokens = np.concatenate(found)
+        tokens[0] |= FIRST
+        yield tokens
+
+
+def _rows(
+    store: Conversations, chosen: np.ndarray, data: ChatData, field: str, *, spoken_only: bool
+) -> Sequence[Sequence[int]]:
+    """The conversations of each sample. UserError where there is not even one."""
+    most = data.sequence_length + 1
+    lengths = store.lengths()[chosen]
+    long = lengths > most
+    if long.any() and data.too_long == "refuse":
+        raise UserError(
+            f"`{field}` must hold conversations of at most {most:,} tokens (data.sequence_length and one more), but "
+            f"{np.count_nonzero(long):,} of {len(chosen):,} are longer, the longest {lengths.max():,}; lengthen "
+            '`data.sequence_length`, or set `data.too_long` to "truncate" or "skip"'
+        )
+    kept = ~long if data.too_long == "skip" else np.ones_like(long)
+    wanted = store.spoken_at(most)[chosen] if spoken_only else np.minimum(lengths, most) - 1
+    empty = kept & (wanted == 0)
+    kept &= ~empty
+    done = "left out" if data.too_long == "skip" else "cut off at the end"
+    _tell(long, field, f"are longer than {most:,} tokens and {done}")
+    _tell(empty, field, "have no target and are left out")
+    chosen, lengths = chosen[kept], np.minimum(lengths[kept], most) - 1
+    if len(chosen) == 0:
+        raise UserError(
+            f"`{field}` must hold at least one conversation with a target among its first {most:,} tokens, but holds "
+            "none; add data or lengthen `data.sequence_length`"
+        )
+    if not data.packing:
+        return chosen[:, None].tolist()
+    return [[int(chosen[number]) for number in row] for row in pack(lengths, data.sequence_length)]
+
+
+def _tell(which: np.ndarray, field: str, what: str) -> None:
+    if which.any():
+        logger.warning(f"WARNING: {np.count_nonzero(which):,} of {len(which):,} conversations of `{field}` {what}")
+
+
+def _paths(patterns: Sequence[str], field: str) -> list[Path]:
+    paths = matching_files(patterns, field, with_stdlib=True)
+    for path in paths:
+        if path.suffix != ".jsonl" and not is_standard_library(path):
+            raise UserError(
+                f"`{field}` must match .jsonl files (one JSON object a line), but matches {path}; convert it, or "
+                "narrow the glob"
+            )
+    return paths
