@@ -87,7 +87,7 @@ def _rank_groups(spec: Spec) -> list[tuple[str, int]]:
 
 def _solve(spec: Spec, world_size: int) -> BatchPlan | None:
     """The plan where the sizes multiply exactly, None where they do not."""
-    length = sample_length(spec.model, spec.data.sequence_length)
+    length = sample_length(spec)
     whole, micro, accumulation = _known(spec.batch.global_batch_size), *_steps(spec.batch)
     if spec.batch.global_batch_tokens is not None:
         whole = _exact(spec.batch.global_batch_tokens, length)
@@ -127,7 +127,7 @@ def _exact(value: int, divisor: int) -> int | None:
 def _refusal(spec: Spec, world_size: int) -> str:
     """The message for sizes that do not multiply exactly: field, rule with its numbers, value, and what would work."""
     in_tokens = spec.batch.global_batch_tokens is not None
-    length = sample_length(spec.model, spec.data.sequence_length)
+    length = sample_length(spec)
     asked = spec.batch.global_batch_tokens if in_tokens else _known(spec.batch.global_batch_size)
     assert asked is not None, "an open global batch always works"
     micro, accumulation = _steps(spec.batch)
@@ -188,7 +188,7 @@ def _kept(spec: Spec, whole: int, world_size: int) -> list[BatchPlan]:
     def divides(size: int) -> bool:
         return whole % size == 0 and _backend_takes(spec, size)
 
-    length = sample_length(spec.model, spec.data.sequence_length)
+    length = sample_length(spec)
     sizes = [world_size] if divides(world_size) else _legal_near(world_size, divides)
     micro, accumulation = _steps(spec.batch)
     plans: list[BatchPlan] = []

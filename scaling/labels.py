@@ -68,8 +68,8 @@ def _within_any(tensor: Tensor, places: list[tuple[int, int]]) -> bool:
 
 
 def _within(forward: Callable[..., Tensor], meter: MemoryMeter) -> Callable[..., Tensor]:
-    def call(*inputs: Tensor) -> Tensor:
+    def call(*inputs: Tensor, **named: bool) -> Tensor:
         with meter.category("logits"):
-            return forward(*inputs)
+            return forward(*inputs, **named)
 
     return call

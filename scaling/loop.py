@@ -174,18 +174,26 @@ def measure_validation(
     """The mean loss over the terms (target tokens) of `batches` on all ranks; every rank must bring as many batches."""
     began = time.perf_counter()
     engine.module.eval()
-    sums = torch.full((2,), 0.0, dtype=torch.float64)
+    measure = getattr(objective, "measures", lambda module, batch: {"loss": objective(module, batch)})
+    sums: dict[str, float] = {"terms": 0.0}
+    unit = Samples.unit
     with torch.no_grad():
         for batch in batches:
             heartbeat.part()
-            loss = objective(engine.module, _to(batch, process.device))
-            # A wait for the device at each batch; validation is a pause anyway.
-            sums += torch.tensor([float(loss), float(batch.terms)], dtype=torch.float64)
+            unit = batch.unit
+            sums["terms"] += batch.terms
+            for name, found in measure(engine.module, _to(batch, process.device)).items():
+                # A wait for the device at each batch; validation is a pause anyway.
+                sums[name] = sums.get(name, 0.0) + float(found)
     engine.module.train()
-    total, terms = process.sum_over_ranks(sums.to(process.device)).tolist()
-    loss = total / max(1.0, terms)
+    everywhere = torch.tensor([*sums.values()], dtype=torch.float64, device=process.device)
+    totals = dict(zip(sums, process.sum_over_ranks(everywhere).tolist(), strict=True))
+    terms = totals.pop("terms")
+    means = {name: total / max(1.0, terms) for name, total in totals.items()}
+    loss = means.pop("loss")
     bits_per_byte = None if bytes_per_token is None else loss / 0.6931471805599453 / bytes_per_token
-    return ValidationRecord(step, loss, bits_per_byte, int(terms), time.perf_counter() - began, time.time())
+    seconds = time.perf_counter() - began
+    return ValidationRecord(step, loss, bits_per_byte, int(terms), seconds, time.time(), unit, means)
 
 
 def _over_ranks(total: Tensor, requests: tuple[bool, bool], process: Process) -> tuple[Tensor, Tensor, Tensor]:

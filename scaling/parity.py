@@ -2,25 +2,27 @@
 
     python -m scaling.parity --spec SPEC [--backends ddp,fsdp,zero2] [--world-sizes 1,2,4] [--steps 20]
 
-Each world size is a real launch of real processes (torchrun); in it the backends train one after the other, each from
+Each world size is a launch of real processes; in it the backends train one after the other, each from
 the start. Compared with the first run (single, if asked for) are loss, gradient norm and the LR of every group, step
 by step. Exit code 0 where all agree within the tolerance, 1 where they part.
 """
 
-import argparse
 import json
 import math
 import os
-import subprocess
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from scaling.errors import CommandLine, UserError, positive, run_command
 from scaling.inventory import dropout
+from scaling.rehearse import forks
 from scaling.run_folder import strict
 from scaling.spec import Spec, load_spec
 from scaling.view import parity_table, print_table
@@ -74,8 +76,6 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    if options.worker:
-        return _work(options)
     spec = load_spec(options.spec, options.set)
     combinations = _combinations(options.backends, options.world_sizes)
     tolerance = options.tolerance or TOLERANCE[spec.precision]
@@ -159,45 +159,82 @@ def _launch(spec_file: Path, names: Sequence[str], world_size: int, steps: int) 
     """One launch of `world_size` processes; it ends after the first backend that fails, the rest is launched anew."""
     out = spec_file.with_name(f"curves-{world_size}.jsonl")
     out.unlink(missing_ok=True)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size)),
-        *("--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"),
-        *("-m", "scaling.parity", "--worker", str(out), "--spec", str(spec_file)),
-        *("--backends", ",".join(names), "--steps", str(steps)),
-    ]
+    errors = spec_file.with_name(f"errors-{world_size}")
+    errors.unlink(missing_ok=True)
     _say(f"world size {world_size}: {', '.join(names)}")
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        same = {
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
+    context, ranks = forks(), [{**same, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(world_size)]
+    running = [context.Process(target=_rank, args=(rank, errors, out, spec_file, names, steps)) for rank in ranks]
+    for process in running:
+        process.start()
+    code = _ended(running)
     lines = out.read_text().splitlines() if out.exists() else []
     curves = [Curve(row["backend"], world_size, tuple(row["steps"]), row["error"]) for row in map(json.loads, lines)]
     if len(curves) < len(names) and all(curve.error is None for curve in curves):
-        tail = " | ".join(line for line in done.stderr.splitlines() if "Error" in line)[-600:]
-        curves.append(Curve(names[len(curves)], world_size, (), tail or f"exit code {done.returncode}"))
+        said = errors.read_text(errors="replace").splitlines()
+        tail = " | ".join(line for line in said if "Error" in line)[-600:]
+        curves.append(Curve(names[len(curves)], world_size, (), tail or f"exit code {code}"))
     return curves
 
 
-def _work(options: argparse.Namespace) -> int:
-    """What each rank of a launch does: train each backend from the start, rank 0 noting the curves."""
+def _ended(running: Sequence[BaseProcess]) -> int:
+    """Wait for all of them; no rank survives another. The first exit code that is not 0."""
+    waited = {process.sentinel: process for process in running}
+    code = 0
+    try:
+        while waited and not code:
+            for sentinel in wait(list(waited)):
+                process = waited.pop(cast(int, sentinel))
+                process.join()
+                code = code or process.exitcode or 0
+    finally:
+        for process in waited.values():
+            process.kill()
+            process.join()
+    return code
+
+
+def _rank(
+    environment: dict[str, str], errors: Path, out: Path, spec_file: Path, names: Sequence[str], steps: int
+) -> None:
+    """What each rank of a launch does; what it prints goes to the file `errors`."""
+    os.environ.update(environment)
+    with open(errors, "ab", buffering=0) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    _work(spec_file, out, names, steps)
+
+
+def _work(spec_file: Path, out: Path, names: Sequence[str], steps: int) -> None:
+    """Train each backend from the start, rank 0 noting the curves."""
     from scaling.engine.process import process_from_environment
     from scaling.profile.sinks import Memory
     from scaling.run import resolve, run
 
     with process_from_environment() as process:
-        for name in options.backends.split(","):
+        for name in names:
             memory, error = Memory(), None
             try:
-                spec = load_spec(options.spec, _assignments(name, process.world_size))
-                run(resolve(spec, process.world_size), process, [memory], stop_after=options.steps)
+                spec = load_spec(str(spec_file), _assignments(name, process.world_size))
+                run(resolve(spec, process.world_size), process, [memory], stop_after=steps)
             except Exception as problem:
                 error = f"{type(problem).__name__}: {problem}"[:600]
             if process.is_main:
-                steps = [{"loss": s.loss, "grad_norm": s.grad_norm, "lr": s.lr} for s in memory.steps]
-                with open(options.worker, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"backend": name, "steps": steps, "error": error}) + "\n")
+                curve = [{"loss": s.loss, "grad_norm": s.grad_norm, "lr": s.lr} for s in memory.steps]
+                with open(out, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"backend": name, "steps": curve, "error": error}) + "\n")
             if error is not None:
                 if not process.is_main:
                     print(f"[rank {process.rank}] {error}", file=sys.stderr)
-                os._exit(1)  # other ranks may wait for this one: leave at once, the launcher ends them
-    return 0
+                sys.stderr.flush()
+                os._exit(1)  # other ranks may wait for this one: leave at once, the launch ends them
 
 
 def _assignments(name: str, world_size: int) -> list[str]:
@@ -233,7 +270,6 @@ def _parser() -> CommandLine:
     parser.add_argument("--steps", type=positive, default=20, help="optimizer steps of each run (default 20)")
     parser.add_argument("--tolerance", type=float, help="relative (default: 1e-5 in fp32, 1e-2 in 16 bits)")
     parser.add_argument("--json", metavar="FILE", help="write differences and curves there")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
 

@@ -229,7 +229,7 @@ def _head(spec: Spec, found: Found, margin: float) -> list[str]:
     gpu = found.cluster.gpu
     lines = [
         f"{spec.name} on {found.cluster.name}: {format_count(total)} parameters, {format_count(trained)} train, "
-        f"sequences of {sample_length(spec.model, spec.data.sequence_length):,} tokens, {spec.precision}",
+        f"sequences of {sample_length(spec):,} tokens, {spec.precision}",
         f"usable memory of each {_unit(gpu)}: {usable} ({margin:.0%} left free)".replace("%", " %")
         + "; all figures below are predicted, none is measured",
     ]

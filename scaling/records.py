@@ -149,10 +149,15 @@ class ValidationRecord:
     bits_per_byte: float | None
     """Loss in bits per UTF-8 byte of text; None where the number of bytes is not known."""
     tokens: int
-    """Target tokens of the validation set; of actions their numbers, padding left out."""
+    """Target tokens of the validation set; of actions their numbers, padding left out; of preferences pairs."""
     seconds: float
     wall_time: float
     """When it ended: seconds since 1970, as the clock of rank 0 has it."""
+    unit: str = "tokens"
+    """What `tokens` counts: "tokens", "numbers" or "pairs"."""
+    measures: dict[str, float] = field(default_factory=dict[str, float])
+    """What else the objective measures, means over the validation set: of dpo "accuracy", the share of pairs of which
+    the chosen response has gained more than the rejected one, and "margin", by how much more, in nats times beta."""
 
 
 @dataclass(frozen=True)

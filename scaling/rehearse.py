@@ -28,7 +28,7 @@ from scaling.estimate.memory import MemoryModel
 from scaling.estimate.report import memory_report
 from scaling.hardware import gpu_from_device_name
 from scaling.imports import add_allow_import
-from scaling.inventory import CHANNELS, inventory_of
+from scaling.inventory import CHANNELS, inventory_of, sequences
 from scaling.run import Job, device_name, resolve
 from scaling.run_folder import environment
 from scaling.spec import Spec, load_spec
@@ -37,6 +37,8 @@ from scaling.units import format_bytes, format_seconds
 from scaling.watch.exhausted import Exhausted
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
     from scaling.data.dataset import MicroBatch, Samples
     from scaling.engine.process import Process
     from scaling.profile.meter import MemoryMeter
@@ -81,6 +83,15 @@ def _rehearse_cell(cell: dict[str, Any], steps: int, allow_import: Sequence[str]
     return rehearse(job, cell.get("steps", steps))
 
 
+def forks(*preload: str) -> "ForkServerContext":
+    """Processes that are forked from one that has imported torch and `preload`, and nothing that looks for a GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop", "scaling.checkpoint.keeper", *preload]
+    )
+    return context
+
+
 class ProcessEnded(ChildProcessError):
     """A process did not come to return anything."""
 
@@ -100,12 +111,7 @@ def apart(
 
     `preload`: further modules that it and later ones need. "spawn" leaves nothing behind: where there are few.
     """
-    context = multiprocessing.get_context("spawn")
-    if method == "forkserver":
-        # A server that has imported torch, and nothing that looks for a GPU, is forked for each.
-        context = multiprocessing.get_context("forkserver")
-        modules = ["torch", "torch._dynamo", "torch.distributed.fsdp", "scaling.loop", *preload]
-        context.set_forkserver_preload(modules)
+    context = multiprocessing.get_context("spawn") if method == "spawn" else forks(*preload)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, work, arguments))
     process.start()
@@ -292,12 +298,15 @@ def _made_up(spec: Spec, count: int) -> "Samples":
     """So many random samples of the shapes that `spec` says."""
     import torch
 
-    from scaling.data.dataset import ActionBatch, PackedBatch
+    from scaling.data.dataset import ActionBatch, PackedBatch, PairBatch
 
     model, length = spec.model, spec.data.sequence_length
     if not isinstance(model, Vla):
         words = model.vocab_size if isinstance(model, Decoder) else inventory_of(model).vocab_size
-        made_up = made_up_tokens(words, count, length)
+        made_up = made_up_tokens(words, count * sequences(spec), length)
+        if sequences(spec) > 1:
+            pairs = made_up.each(lambda tokens: tokens.view(count, 2, length))
+            return PairBatch(pairs.inputs, pairs.targets, torch.zeros(count, 2))
         if not packs(spec.data):
             return made_up
         # Two texts to a sample.

@@ -16,15 +16,15 @@ from scaling.estimate.flops import train_flops_per_token
 from scaling.groups import Group, resolve_groups
 from scaling.hardware import gemm_ceiling, gpu_from_device_name
 from scaling.imports import check_allowed
-from scaling.inventory import parameters
+from scaling.inventory import attended_length, parameters
 from scaling.records import BatchPlan, Progress, ValidationRecord
 from scaling.redact import redacted, redacted_json
 from scaling.render import render
 from scaling.run_folder import CHECKPOINTS, MEMORY, METRICS, SNAPSHOTS, count_start, versions
 from scaling.schedule import check_schedule, lr_scale
 from scaling.spec import Spec
-from scaling.spec.sections import Factory, FactoryModel, Recorded
-from scaling.watch.heartbeat import Heartbeat
+from scaling.spec.sections import DPO, Factory, FactoryModel, Recorded
+from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
     from scaling.checkpoint.keeper import Checkpoints, NoCheckpoints
@@ -120,8 +120,9 @@ def run(
     with closing(engine), taking_stock("save", process.device, engine, snapshot):
         with taking_stock("build" if start is None else "restore", process.device, engine, snapshot):
             progress = _first_state(engine, start, weights)
-        with closing(_keeper(job, process, engine, resume, identity)) as keeper:
             folder = None if resume is None else resume.folder
+            dataset, held_out = _compared(job, process, engine, dataset, held_out, heartbeat, folder, start is None)
+        with closing(_keeper(job, process, engine, resume, identity)) as keeper:
             observers = _observers(job, process, engine, keeper, folder, progress.step)
             recorder = make_recorder(
                 job, process, engine, sinks, observers, sticks, progress.step, last_step, heartbeat
@@ -142,6 +143,36 @@ def run(
                     time_left,
                 )
     return max(last_step, progress.step)
+
+
+def _compared(
+    job: Job,
+    process: "Process",
+    engine: "Engine",
+    dataset: "Dataset",
+    held_out: "Dataset | None",
+    heartbeat: Heartbeat | None,
+    folder: Path | None,
+    begins: bool,
+) -> "tuple[Dataset, Dataset | None]":
+    """Training and validation samples; of pairs with what the model that training starts from makes of them."""
+    if not isinstance(job.spec.objective, DPO):
+        return dataset, held_out
+    from scaling.data.preference import PreferenceDataset
+    from scaling.reference import with_reference
+
+    found: list[Dataset | None] = []
+    for part, samples in (("train", dataset), ("validation", held_out)):
+        if isinstance(samples, PreferenceDataset):
+            samples = with_reference(
+                *(samples, part, engine, process, heartbeat or NullHeartbeat()),
+                micro_batch=job.plan.micro_batch,
+                folder=folder,
+                begins=begins,
+            )
+        found.append(samples)
+    assert found[0] is not None
+    return found[0], found[1]
 
 
 def _memory_snapshot(job: Job, process: "Process", resume: Resume | None) -> Path | None:
@@ -484,7 +515,7 @@ def yardsticks(job: Job, process: "Process") -> "Yardsticks":
 
 def _flops_per_token(job: Job) -> float:
     frozen = {name for group in job.groups if group.frozen for name in group.names}
-    return train_flops_per_token(job.spec.model, job.plan.sequence_length, frozen, job.spec.lora)
+    return train_flops_per_token(job.spec.model, attended_length(job.spec), frozen, job.spec.lora)
 
 
 def _peak_flops(spec: Spec, process: "Process") -> float | None:

@@ -26,6 +26,7 @@ from scaling.errors import (
 )
 from scaling.groups import empty_groups
 from scaling.imports import add_allow_import
+from scaling.inventory import sequences
 from scaling.profile.sinks import check_tracking
 from scaling.redact import redacted
 from scaling.run import Job, Resume, device_name, resolve, run
@@ -376,7 +377,7 @@ def _predicted(job: Job, process: "Process") -> dict[str, Any]:
 def _show(job: Job, process: "Process", predicted: dict[str, Any]) -> None:
     spec = job.spec
     logger.info(f"{spec.name}: {spec.backend.kind} on {process.world_size} x {device_name(process)}, {spec.precision}")
-    logger.info(batch_line(job.plan))
+    logger.info(batch_line(job.plan, sequences(job.spec)))
     if spec.lr_scaling.rule != "none":
         logger.info(f"lr_scaling: every LR is multiplied by {job.lr_scale:.6g} ({spec.lr_scaling.rule})")
     for name in empty_groups(spec.param_groups, job.groups):

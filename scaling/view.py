@@ -44,11 +44,11 @@ class GroupRow(Protocol):
     def frozen(self) -> bool: ...
 
 
-def batch_line(plan: BatchPlan) -> str:
-    """One line for the head of a log: the sum behind the global batch, and its tokens."""
-    return (
-        f"global batch {plan.sentence}; {plan.global_tokens:,} tokens a step in sequences of {plan.sequence_length:,}"
-    )
+def batch_line(plan: BatchPlan, sequences: int = 1) -> str:
+    """One line for the head of a log: the sum behind the global batch, and its tokens; `sequences` are in a sample."""
+    pieces = "sequences" if sequences == 1 else "pairs of sequences"
+    length = plan.sequence_length // sequences
+    return f"global batch {plan.sentence}; {plan.global_tokens:,} tokens a step in {pieces} of {length:,}"
 
 
 def groups_table(rows: Sequence[GroupRow]) -> Table:

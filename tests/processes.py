@@ -1,9 +1,18 @@
 """Start real processes for tests, as a user would."""
 
+import contextlib
+import functools
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from warm import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = ROOT / "tests" / "specs"
@@ -27,11 +36,62 @@ def run(*command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]
 
 
 def torchrun(world_size: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc_per_node=N …`, on a port of its own so that several can run at once."""
-    rendezvous = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
-    return run("torchrun", f"--nproc_per_node={world_size}", *rendezvous, *arguments, timeout=timeout)
+    """As `torchrun --nproc_per_node=N …` would end, several at once; warm (see there)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    same = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ranks = [{**same, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    return _warm(arguments, ranks, timeout)
 
 
 def python(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """`python …`."""
+    """`python …`; warm (see there)."""
+    return _warm(arguments, [{}], timeout)
+
+
+def started(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """`python …`, from nothing."""
     return run(sys.executable, *arguments, timeout=timeout)
+
+
+@functools.cache
+def _server() -> Server:
+    return Server()
+
+
+def _warm(
+    arguments: Sequence[str], ranks: Sequence[dict[str, str]], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    server, ends = _server(), time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as folder:
+        out, error = (Path(folder) / name for name in ("out", "error"))
+        pids = [server.start(list(arguments), {**ENVIRONMENT, **rank}, ROOT, out, error) for rank in ranks]
+        try:
+            while None in (codes := [server.code(pid) for pid in pids]):
+                if any(codes):  # as torchrun: no rank survives another
+                    _end(server, pids, signal.SIGTERM)
+                    ends = min(ends, time.monotonic() + 30)
+                if time.monotonic() > ends and not any(codes):
+                    raise subprocess.TimeoutExpired([*arguments], timeout, out.read_text(), error.read_text())
+                if time.monotonic() > ends:
+                    _end(server, pids, signal.SIGKILL)
+                server.wait(0.1 if any(codes) else max(0.0, ends - time.monotonic()))
+        finally:
+            _end(server, pids, signal.SIGKILL)
+        code = next((code for code in codes if code), 0)
+        code = code if len(ranks) == 1 else int(code != 0)
+        return subprocess.CompletedProcess([*arguments], code, out.read_text(), error.read_text())
+
+
+def _end(server: Server, pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        if server.code(pid) is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)

@@ -11,7 +11,7 @@ from processes import TINY_MODEL
 
 from scaling.data.build import build_datasets
 from scaling.data.chat import open_chat_data
-from scaling.data.conversations import Message, pieces
+from scaling.data.conversations import Message, Said, pieces
 from scaling.data.packing import pack
 from scaling.errors import UserError
 from scaling.models.build import model_recipe
@@ -92,7 +92,7 @@ def test_the_instruction_template_ends_a_response_with_the_end_of_text(tmp_path)
 
 
 def test_neighbouring_pieces_are_tokenised_as_one_text():
-    found = pieces([Message("system", "S"), Message("user", "U"), Message("assistant", "A")], "chatml")
+    found = pieces(Said([Message("system", "S"), Message("user", "U"), Message("assistant", "A")]), "chatml")
     assert [piece.spoken for piece in found] == [False, True] and found[1].text == "A<|im_end|>"
 
 

@@ -7,6 +7,14 @@ from processes import SPECS, python
 
 from scaling.parity import Curve, agree, compare
 
+
+def words(kind, objective, file):
+    data = {"kind": kind, "train": [f"FOLDER/{file}"], "validation": 0, "sequence_length": 64, "cache": "FOLDER/cache"}
+    return (f"data={json.dumps(data)}", f'objective={{"kind": "{objective}"}}')
+
+
+SFT, DPO = words("chat", "sft", "chat.jsonl"), (*words("preference", "dpo", "pairs.jsonl"), "optimizer.lr=0.0003")
+"""Made here: see `write_words`."""
 GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
     "GPT, accumulation 4": ("gpt-parity", "4", "single,fsdp,hsdp,zero2,zero3", ()),
     "GPT, accumulation 4, the others": ("gpt-parity", "4", "single,ddp,zero1,zero2-offload", ()),
@@ -27,6 +35,10 @@ GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
         "gpt-parity", "2", "single,fsdp,fsdp-offload,zero3,zero3-hpz,zero3-offload",
         ('activation_checkpointing="selective"',)
     ),
+    "instructions": ("llama-parity", "2", "single,fsdp,zero2,zero3", SFT),
+    "instructions, the others": ("gpt-parity", "1,2", "single,ddp,fsdp,zero1", SFT),
+    "preferences": ("gpt-parity", "2", "single,fsdp,zero2,zero3", DPO),
+    "preferences, the others": ("llama-parity", "1,2", "single,ddp,fsdp,zero1", DPO),
     "compiled": ("llama-parity", "2", "single,fsdp,zero3", ("compile=true",)),
     "compiled, the others": ("llama-parity", "2", "single,ddp,zero1,zero2", ("compile=true",)),
     "full checkpointing, plain loss, clipping off": (
@@ -37,16 +49,27 @@ GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
 
 
 LONG = (
+    *("shards of unequal size", "selective checkpointing", "compiled"),
     *("flow matching in bf16, checkpointed", "full checkpointing, plain loss, clipping off"),
     *(name for name in GATES if name.endswith("the others")),
 )
+
+
+def write_words(folder):
+    """Conversations and pairs of several lengths, from which something can be learnt in ten steps."""
+    asked = [f"{'Is it so? ' * (index % 3)}{index}" for index in range(48)]
+    chat = [{"instruction": question, "response": "yes " * (index % 4 + 1)} for index, question in enumerate(asked)]
+    pairs = [{"prompt": question[-8:], "chosen": "yes", "rejected": "no"} for question in asked]
+    for name, records in (("chat", chat), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
 
 
 @pytest.mark.parametrize("gate", [pytest.param(one, marks=pytest.mark.long) if one in LONG else one for one in GATES])
 def test_curves_agree(gate, tmp_path):
     spec, world_sizes, backends, settings = GATES[gate]
     out = tmp_path / "parity.json"
-    sets = [argument for setting in settings for argument in ("--set", setting)]
+    write_words(tmp_path)
+    sets = [word for setting in settings for word in ("--set", setting.replace("FOLDER", str(tmp_path)))]
     command = ["-m", "scaling.parity", "--spec", str(SPECS / f"{spec}.json"), "--json", str(out), *sets]
     done = python(*command, "--backends", backends, "--world-sizes", world_sizes, "--steps", "10")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -117,7 +117,9 @@ def values(node: Any) -> Iterator[Any]:
 
 
 def zero_spec(recipe: str, backend: dict[str, Any], precision: str, clip: float | None) -> Spec:
-    if backend.get("offload_parameters") == "nvme" and any(group.freeze for group in load_spec(recipe).param_groups):
+    spec = load_spec(recipe)
+    frozen = spec.lora is not None or any(group.freeze for group in spec.param_groups)
+    if backend.get("offload_parameters") == "nvme" and frozen:
         backend = backend | {"prefetch_bucket_size": 0}  # DeepSpeed reads frozen ones ahead wrongly
     settings = {"backend": {"kind": "deepspeed", **backend}, "precision": precision, "max_grad_norm": clip}
     return load_spec(recipe, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
@@ -125,7 +127,7 @@ def zero_spec(recipe: str, backend: dict[str, Any], precision: str, clip: float 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("backend", ZERO)
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("recipe", ["atlas-vla", "gpt-stdlib", "gpt2-124m", "llama-8b", "minimind-lora"])
 def test_deepspeed_reads_every_value_as_given(recipe: str, backend: str, precision: str, deepspeed_config: Any) -> None:
     for clip in (None, 0.7):
         spec = zero_spec(recipe, ZERO[backend], precision, clip)
@@ -242,7 +244,8 @@ def test_shipped_configs_are_what_is_rendered() -> None:
 
 
 def test_every_recipe_is_shipped_for_every_strategy_and_count() -> None:
-    assert sorted(RECIPES) == sorted(recipes())
+    for_a_cpu = {name for name in recipes() if name.endswith("-tiny")} - {"atlas-vla-tiny"}
+    assert sorted(RECIPES) == sorted(set(recipes()) - for_a_cpu)
     assert len(dict(shipped())) == len(RECIPES) * len(STRATEGIES) * len(GPUS)
 
 
@@ -262,7 +265,7 @@ def fsdp(recipe: str, **backend: Any) -> Spec:
 
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("recipe", [name for name in recipes() if load_spec(name).model.kind == "decoder"])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if load_spec(name).model.kind == "decoder"])
 def test_wrap_plan_gathers_every_parameter_once(recipe: str, tie: bool, reshard: bool) -> None:
     spec = load_spec(
         recipe,
@@ -323,7 +326,7 @@ def test_the_replicas_come_first_in_the_mesh() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_backend_gets_the_same_batch_clipping_and_precision(recipe: str, kind: str) -> None:
     spec = load_spec(recipe, [*KINDS[kind], "max_grad_norm=0.5", "precision=bf16"])
     world_size = 1 if kind == "single" else 4

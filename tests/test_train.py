@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from processes import ROOT, SPECS, python, run, torchrun
+from processes import ROOT, SPECS, run, started
 
 TRAIN = "launch/train.py"
 SPEC = str(SPECS / "llama-parity.json")
@@ -26,9 +26,9 @@ BACKENDS = {
 def train(launcher, backend, folder, *more):
     arguments = (TRAIN, "--spec", SPEC, "--run-dir", str(folder), "--set", f"backend={BACKENDS[backend]}", *FAST, *more)
     if launcher == "python":
-        return python(*arguments)
+        return started(*arguments)
     if launcher == "torchrun":
-        return torchrun(2, *arguments)
+        return run("torchrun", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *arguments)
     port = str(20000 + os.getpid() % 20000)  # DeepSpeed's launcher has a fixed one, which two tests would share
     return run("deepspeed", "--num_gpus", "2", "--master_port", port, *arguments)
 
@@ -168,7 +168,7 @@ def test_what_is_wrong_is_said_before_torch_is_imported(arguments, needle):
         "import sys\nfrom scaling.errors import run_command\nfrom scaling.train import main\n"
         "code = run_command(main)\nprint('torch' in sys.modules)\nsys.exit(code)"
     )
-    done = python("-c", program, "--spec", SPEC, *arguments)
+    done = started("-c", program, "--spec", SPEC, *arguments)
     assert done.returncode == 2
     assert needle in done.stderr and "Traceback" not in done.stderr
     assert done.stdout.strip() == "False"
@@ -186,5 +186,5 @@ def test_it_runs_from_a_checkout_that_is_not_installed(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "scaling", copy / "scaling", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "launch", copy / "launch")
-    done = python(str(copy / TRAIN), "--spec", SPEC, "--dry-run")
+    done = started(str(copy / TRAIN), "--spec", SPEC, "--dry-run")
     assert done.returncode == 0, done.stderr

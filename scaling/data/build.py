@@ -5,11 +5,12 @@ from collections.abc import Callable
 from scaling.data.actions import SyntheticActions
 from scaling.data.chat import open_chat_data
 from scaling.data.dataset import Dataset
+from scaling.data.preference import open_preference_data
 from scaling.data.synthetic import SyntheticDataset
 from scaling.data.text import open_text_data
 from scaling.data.tokens import open_token_data
 from scaling.inventory import inventory_of
-from scaling.spec.sections import SFT, ChatData, Decoder, Spec, SyntheticData, TextData, TokenData, Vla
+from scaling.spec.sections import SFT, ChatData, Decoder, PreferenceData, Spec, SyntheticData, TextData, TokenData, Vla
 
 
 def build_datasets(spec: Spec) -> tuple[Dataset, Dataset | None]:
@@ -32,6 +33,8 @@ def build_datasets(spec: Spec) -> tuple[Dataset, Dataset | None]:
             return open_token_data(data, vocab_size)
         case ChatData() as data:
             return open_chat_data(data, vocab_size, spoken_only=isinstance(spec.objective, SFT))
+        case PreferenceData() as data:
+            return open_preference_data(data, vocab_size)
         case SyntheticData() as data:
             length, masked = data.sequence_length, data.masked_fraction
             return _streams(

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from scaling.data.cache import TokenCounts, cached_tokens
-from scaling.data.conversations import Message, messages_of, pieces
+from scaling.data.conversations import Said, messages_of, pieces
 from scaling.data.dataset import MicroBatch, PackedBatch
 from scaling.data.docstrings import docstring_lines
 from scaling.data.files import digest_of, is_standard_library, matching_files, refuse_shared_files
@@ -22,7 +22,7 @@ from scaling.data.progress import progress_in_bytes
 from scaling.data.tokenizer import Tokenizer, open_tokenizer
 from scaling.errors import UserError
 from scaling.records import IGNORED
-from scaling.spec.sections import ChatData
+from scaling.spec.sections import ChatData, PreferenceData
 
 SPOKEN, FIRST = np.uint32(1 << 31), np.uint32(1 << 30)
 """Bits of a cached token: the assistant says it; a conversation begins with it."""
@@ -125,21 +125,16 @@ def open_chat_data(data: ChatData, vocab_size: int, *, spoken_only: bool) -> tup
 
     Errors: UserError for files, lines or a tokenizer that cannot be used, StorageError for the cache folder.
     """
-    tokenizer = open_tokenizer(data.tokenizer, vocab_size)
-    if data.template == "instruction" and tokenizer.end is None:
-        raise UserError(
-            f'`data.template` must be "chatml" for a tokenizer without an end-of-text token, as {data.tokenizer}, but '
-            'is "instruction", whose responses would never end; add the token, or change the template'
-        )
+    tokenizer = tokenizer_of(data, vocab_size)
 
     def dataset(store: Conversations, chosen: np.ndarray, field: str) -> ChatDataset:
         rows = _rows(store, chosen, data, field, spoken_only=spoken_only)
         return ChatDataset(store, rows, data.sequence_length, spoken_only, data.packing, tokenizer.end or 0)
 
-    train_paths = _paths(data.train, "data.train")
+    train_paths = jsonl_files(data.train, "data.train")
     train = open_conversations(train_paths, "data.train", data, tokenizer, _said_in)
     if isinstance(data.validation, list):
-        paths = _paths(data.validation, "data.validation")
+        paths = jsonl_files(data.validation, "data.validation")
         refuse_shared_files(train_paths, paths)
         held_out = open_conversations(paths, "data.validation", data, tokenizer, _said_in)
         chosen = np.arange(len(held_out))
@@ -151,8 +146,19 @@ def open_chat_data(data: ChatData, vocab_size: int, *, spoken_only: bool) -> tup
     )
 
 
-def _said_in(record: Any) -> list[list[Message]]:
-    return [messages_of(record)]
+def tokenizer_of(data: ChatData | PreferenceData, vocab_size: int) -> Tokenizer:
+    """The tokenizer, checked against the model's vocab_size and the template."""
+    tokenizer = open_tokenizer(data.tokenizer, vocab_size)
+    if data.template == "instruction" and tokenizer.end is None:
+        raise UserError(
+            f'`data.template` must be "chatml" for a tokenizer without an end-of-text token, as {data.tokenizer}, but '
+            'is "instruction", whose responses would never end; add the token, or change the template'
+        )
+    return tokenizer
+
+
+def _said_in(record: Any) -> list[Said]:
+    return [Said(messages_of(record))]
 
 
 def split_by_hash(hashes: np.ndarray, fraction: float, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -169,22 +175,34 @@ def split_by_hash(hashes: np.ndarray, fraction: float, what: str) -> tuple[np.nd
     return everything[~held], everything[held]
 
 
+def _paired(lines: Iterator[Line]) -> Iterator[Line]:
+    """Of explained code what it is preferred to: the explanation of another piece of the same file."""
+    those = list(lines)
+    answers = [line.value["response"] for line in those]
+    for line in those:
+        others = [answer for answer in answers if answer != line.value["response"]]
+        if others:
+            asked = f"{line.value['instruction']}\n\n{line.value['context']}"
+            record = {"prompt": asked, "chosen": line.value["response"], "rejected": others[line.number % len(others)]}
+            yield replace(line, value=record)
+
+
 def open_conversations(
     paths: Sequence[Path],
     field: str,
-    data: ChatData,
+    data: ChatData | PreferenceData,
     tokenizer: Tokenizer,
-    said_in: Callable[[Any], Sequence[Sequence[Message]]],
+    said_in: Callable[[Any], Sequence[Said]],
 ) -> Conversations:
     """What the lines of these files say, in their order; `said_in` gives the conversations of a line's object."""
     files = [(path, *digest_of(path)) for path in paths]
-    parts = [_FORMAT, tokenizer.identity, data.template, data.malformed, *(digest for _, digest, _ in files)]
+    parts = [_FORMAT, data.kind, tokenizer.identity, data.template, data.malformed, *(digest for _, digest, _ in files)]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def write(counts: TokenCounts) -> Iterator[np.ndarray]:
         total = sum(size for _, _, size in files)
         with progress_in_bytes(f"tokenising {field} ({len(files)} files)", total) as advance:
-            said = _all_said(_lines(files), data, said_in, counts, advance)
+            said = _all_said(_lines(files, pairs=isinstance(data, PreferenceData)), data, said_in, counts, advance)
             while some := list(itertools.islice(said, _AT_A_TIME)):
                 counts.documents += len(some)
                 yield from _tokenised(some, data.template, tokenizer)
@@ -197,11 +215,11 @@ def open_conversations(
 
 def _all_said(
     lines: Iterator[Line],
-    data: ChatData,
-    said_in: Callable[[Any], Sequence[Sequence[Message]]],
+    data: ChatData | PreferenceData,
+    said_in: Callable[[Any], Sequence[Said]],
     counts: TokenCounts,
     advance: Callable[[int], None],
-) -> Iterator[Sequence[Message]]:
+) -> Iterator[Said]:
     for line in lines:
         advance(line.size_bytes)
         counts.bytes += line.size_bytes
@@ -213,14 +231,17 @@ def _all_said(
             counts.left_out += 1
 
 
-def _lines(files: Sequence[tuple[Path, str, int]]) -> Iterator[Line]:
+def _lines(files: Sequence[tuple[Path, str, int]], *, pairs: bool) -> Iterator[Line]:
     for path, digest, _ in files:
-        yield from docstring_lines(path) if is_standard_library(path) else read_lines(path, digest)
+        if is_standard_library(path):
+            yield from _paired(docstring_lines(path)) if pairs else docstring_lines(path)
+        else:
+            yield from read_lines(path, digest)
 
 
-def _tokenised(said: Sequence[Sequence[Message]], template: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def _tokenised(said: Sequence[Said], template: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """For each conversation its ids with the bits SPOKEN and FIRST."""
-    parts = [pieces(messages, template) for messages in said]
+    parts = [pieces(one, template) for one in said]
     ids = iter(tokenizer.pieces([piece.text for conversation in parts for piece in conversation]))
     end = [] if tokenizer.end is None else [tokenizer.end]
     for conversation in parts:
@@ -240,37 +261,47 @@ def _rows(
     """The conversations of each sample. UserError where there is not even one."""
     most = data.sequence_length + 1
     lengths = store.lengths()[chosen]
-    long = lengths > most
-    if long.any() and data.too_long == "refuse":
-        raise UserError(
-            f"`{field}` must hold conversations of at most {most:,} tokens (data.sequence_length and one more), but "
-            f"{np.count_nonzero(long):,} of {len(chosen):,} are longer, the longest {lengths.max():,}; lengthen "
-            '`data.sequence_length`, or set `data.too_long` to "truncate" or "skip"'
-        )
-    kept = ~long if data.too_long == "skip" else np.ones_like(long)
     wanted = store.spoken_at(most)[chosen] if spoken_only else np.minimum(lengths, most) - 1
-    empty = kept & (wanted == 0)
-    kept &= ~empty
-    done = "left out" if data.too_long == "skip" else "cut off at the end"
-    _tell(long, field, f"are longer than {most:,} tokens and {done}")
-    _tell(empty, field, "have no target and are left out")
+    kept = usable(lengths, wanted > 0, data, field, "conversations")
     chosen, lengths = chosen[kept], np.minimum(lengths[kept], most) - 1
-    if len(chosen) == 0:
-        raise UserError(
-            f"`{field}` must hold at least one conversation with a target among its first {most:,} tokens, but holds "
-            "none; add data or lengthen `data.sequence_length`"
-        )
     if not data.packing:
         return chosen[:, None].tolist()
     return [[int(chosen[number]) for number in row] for row in pack(lengths, data.sequence_length)]
 
 
-def _tell(which: np.ndarray, field: str, what: str) -> None:
-    if which.any():
-        logger.warning(f"WARNING: {np.count_nonzero(which):,} of {len(which):,} conversations of `{field}` {what}")
+def usable(
+    lengths: np.ndarray, has_target: np.ndarray, data: ChatData | PreferenceData, field: str, what: str
+) -> np.ndarray:
+    """Which of so many conversations, or pairs, can be trained on, bool; what is lost is logged.
+
+    `has_target`: among the first sequence_length + 1 tokens. UserError where none is left, or one is too long and that
+    is to be refused.
+    """
+    most = data.sequence_length + 1
+    long = lengths > most
+    if long.any() and data.too_long == "refuse":
+        raise UserError(
+            f"`{field}` must hold {what} of at most {most:,} tokens (data.sequence_length and one more), but "
+            f"{np.count_nonzero(long):,} of {len(lengths):,} are longer, the longest {lengths.max():,}; lengthen "
+            '`data.sequence_length`, or set `data.too_long` to "truncate" or "skip"'
+        )
+    kept = ~long if data.too_long == "skip" else np.ones_like(long)
+    empty = kept & ~has_target
+    done = "left out" if data.too_long == "skip" else "cut off at the end"
+    long_ones = long, f"are longer than {most:,} tokens and {done}"
+    for which, how in (long_ones, (empty, "have no target and are left out")):
+        if which.any():
+            logger.warning(f"WARNING: {np.count_nonzero(which):,} of {len(which):,} {what} of `{field}` {how}")
+    if not (kept & has_target).any():
+        raise UserError(
+            f"`{field}` must hold {what} with a target among the first {most:,} tokens, but holds none; add data or "
+            "lengthen `data.sequence_length`"
+        )
+    return kept & has_target
 
 
-def _paths(patterns: Sequence[str], field: str) -> list[Path]:
+def jsonl_files(patterns: Sequence[str], field: str) -> list[Path]:
+    """The files that the globs match; UserError for one that is no .jsonl file."""
     paths = matching_files(patterns, field, with_stdlib=True)
     for path in paths:
         if path.suffix != ".jsonl" and not is_standard_library(path):

@@ -72,9 +72,18 @@ def checked(messages: list[Message], field: str) -> list[Message]:
     return messages
 
 
-def pieces(messages: Sequence[Message], template: str) -> list[Piece]:
+@dataclass(frozen=True)
+class Said:
+    """A conversation, and which of it is to be learnt."""
+
+    messages: Sequence[Message]
+    since: int = 0
+    """What the assistant says from this message on."""
+
+
+def pieces(said: Said, template: str) -> list[Piece]:
     """The text of a conversation. Neighbours of one kind are joined, as a tokenizer would see them in one text."""
-    parts = _chatml(messages) if template == "chatml" else _instruction(messages)
+    parts = _chatml(said) if template == "chatml" else _instruction(said)
     joined: list[Piece] = []
     for part in parts:
         if joined and joined[-1].spoken == part.spoken and not joined[-1].ends:
@@ -83,20 +92,20 @@ def pieces(messages: Sequence[Message], template: str) -> list[Piece]:
     return joined
 
 
-def _chatml(messages: Sequence[Message]) -> Iterator[Piece]:
+def _chatml(said: Said) -> Iterator[Piece]:
     """As Qwen's and MiniMind's tokenizers have it."""
-    for index, message in enumerate(messages):
+    for index, message in enumerate(said.messages):
         yield Piece(f"{chr(10) if index else ''}<|im_start|>{message.role}\n", False)
-        yield Piece(f"{message.content}<|im_end|>", message.role == "assistant")
+        yield Piece(f"{message.content}<|im_end|>", message.role == "assistant" and index >= said.since)
 
 
-def _instruction(messages: Sequence[Message]) -> Iterator[Piece]:
-    for index, message in enumerate(messages):
+def _instruction(said: Said) -> Iterator[Piece]:
+    for index, message in enumerate(said.messages):
         between = "\n\n" if index else ""
         heading = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}[message.role]
         yield Piece(between + heading, False)
-        spoken = message.role == "assistant"
-        yield Piece(message.content, spoken, ends=spoken)
+        speaks = message.role == "assistant"
+        yield Piece(message.content, speaks and index >= said.since, ends=speaks)
 
 
 def _listed(value: Any, field: str) -> list[Message]:

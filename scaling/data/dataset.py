@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from scaling.records import IGNORED
 @dataclass(frozen=True)
 class Samples:
     """The samples of one forward pass on one rank: tensors of which each has a row for each sample."""
+
+    unit: ClassVar[str] = "tokens"
+    """What `terms` counts."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor changed: pinned, say, or on another device."""
@@ -60,9 +63,35 @@ class PackedBatch(MicroBatch):
 
 
 @dataclass(frozen=True)
+class PairBatch(Samples):
+    """Pairs of sequences: the chosen one, then the rejected one."""
+
+    unit: ClassVar[str] = "pairs"
+    inputs: Tensor
+    """Token ids, int64 [micro_batch, 2, sequence]."""
+    targets: Tensor
+    """The token that follows each input, int64 [micro_batch, 2, sequence]; IGNORED where masked."""
+    reference: Tensor
+    """Log-probability of each sequence's targets by the model that training starts from, fp32 [micro_batch, 2]."""
+
+    @property
+    def terms(self) -> int:
+        """Pairs."""
+        return int(self.counted().sum())
+
+    def counted(self) -> Tensor:
+        """Which pairs count, bool [micro_batch]."""
+        return (self.targets != IGNORED).flatten(1).any(dim=1)
+
+    def leave_out(self, rows: Tensor) -> None:
+        self.targets[rows] = IGNORED
+
+
+@dataclass(frozen=True)
 class ActionBatch(Samples):
     """What robots saw, were told and did."""
 
+    unit: ClassVar[str] = "numbers"
     images: Tensor
     """uint8 [micro_batch, views, height, width, 3]."""
     instruction: Tensor

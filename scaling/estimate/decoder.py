@@ -169,11 +169,14 @@ class PlayedDecoder(PlayedBlocks):
         compiled: bool = False,
         lora: Lora | None = None,
         packed: bool = False,
+        compares: bool = False,
     ) -> None:
         super().__init__(model, ops, hooks, checkpointing=checkpointing, compiled=compiled, lora=lora)
         self.chunked = chunked
         self.packed = packed
         """Each sample holds several texts."""
+        self.compares = compares
+        """The loss is of each sequence, for pairs to be compared."""
 
     def forward(self) -> Value:
         """The summed loss."""
@@ -216,7 +219,10 @@ class PlayedDecoder(PlayedBlocks):
         tied = model.tie_word_embeddings
         before, ops.tape.category = ops.tape.category, "logits"
         weight = ops.read("embed_tokens.weight" if tied else "lm_head.weight")
-        found = self.chunked_loss(hidden, weight) if self.chunked else self.plain_loss(hidden, weight)
+        if self.compares:
+            found = self.token_losses(hidden, weight) if self.chunked else self.plain_loss(hidden, weight)
+        else:
+            found = self.chunked_loss(hidden, weight) if self.chunked else self.plain_loss(hidden, weight)
         ops.tape.category = before
         return found
 
@@ -246,6 +252,49 @@ class PlayedDecoder(PlayedBlocks):
         last = rows - most * (count - 1)
         return [*[most] * min(count - 1, 2), last]
 
+    def token_losses(self, hidden: Value, weight: Value) -> Value:
+        """_ChunkedTokenCrossEntropy, which makes the logits a second time in its backward pass."""
+        ops, vocabulary, exact = self.ops, self.model.vocab_size, self.ops.shape.width == FLOAT
+        rows = max(1, CHUNK_ELEMENTS // vocabulary)
+        sizes, counts = ops.wanted((hidden, weight), (hidden.elements, weight.elements)), self.chunks(rows)
+        losses = ops.new(ops.shape.rows, FLOAT)
+        logits = mask = safe = normaliser = None
+        for count in counts:
+            logits, mask, safe, normaliser = self.scored(count)
+        del logits, mask, safe, normaliser
+
+        def run(_: Storage, __: list[Storage]) -> Gradients:
+            found: list[Storage | None] = [
+                None if sizes[0] is None else ops.new(sizes[0]),
+                None if sizes[1] is None else ops.new(sizes[1], FLOAT),
+            ]
+            logits = mask = safe = normaliser = grad = None
+            for count in counts:
+                logits, mask, safe, normaliser = self.scored(count)
+                grad = logits if exact else ops.new(count * vocabulary)
+                product = None if sizes[1] is None else ops.new(sizes[1])
+                del product
+            del logits, mask, safe, normaliser, grad
+            if sizes[1] is not None and not exact:
+                found[1] = ops.new(sizes[1])
+            return found
+
+        saved = [hidden.storage, weight.storage]
+        return ops.result(ops.shape.rows, [hidden, weight], saved, run, losses)
+
+    def scored(self, rows: int) -> tuple[Storage, ...]:
+        """_scored of scaling/models/loss.py: logits in fp32, a mask, targets, normalisers."""
+        ops = self.ops
+        half = ops.new(rows * self.model.vocab_size)
+        logits = ops.new(rows * self.model.vocab_size, FLOAT) if ops.shape.width != FLOAT else half
+        del half
+        mask, safe = ops.new(rows, 1), ops.new(rows, LONG)
+        # logsumexp subtracts the maxima into another tensor (torch/_refs/__init__.py); what is counted on a CPU are
+        # tensors that Python sees, on a GPU all that is allocated.
+        apart = ops.new(rows * self.model.vocab_size, FLOAT) if ops.cuda else None
+        del apart
+        return logits, mask, safe, ops.new(rows, FLOAT)
+
     def chunked_loss(self, hidden: Value, weight: Value) -> Value:
         """_ChunkedCrossEntropy.forward."""
         ops, vocabulary = self.ops, self.model.vocab_size
@@ -256,15 +305,8 @@ class PlayedDecoder(PlayedBlocks):
         # The loop's variables hold what the iteration before made until they are given something new.
         logits = mask = safe = normaliser = picked = grad = None
         for count in self.chunks(rows):
-            half = ops.new(count * vocabulary)
-            logits = ops.new(count * vocabulary, FLOAT) if ops.shape.width != FLOAT else half
-            del half
-            mask, safe = ops.new(count, 1), ops.new(count, LONG)
-            # logsumexp subtracts the maxima into another tensor (torch/_refs/__init__.py); what is counted on a CPU are
-            # tensors that Python sees, on a GPU all that is allocated.
-            apart = ops.new(count * vocabulary, FLOAT) if ops.cuda else None
-            del apart
-            normaliser, picked = ops.new(count, FLOAT), ops.new(count, FLOAT)
+            logits, mask, safe, normaliser = self.scored(count)
+            picked = ops.new(count, FLOAT)
             if not kept:
                 continue
             grad = logits

@@ -28,7 +28,7 @@ def report(spec: Spec, found: Found, margin: float) -> dict[str, Any]:
     """The whole result. All numbers about memory and time are predicted; null is what is not known."""
     groups = found.groups
     frozen = [name for group in groups if group.frozen for name in group.names]
-    length = sample_length(spec.model, spec.data.sequence_length)
+    length = sample_length(spec)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {

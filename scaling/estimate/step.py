@@ -12,11 +12,11 @@ from scaling.estimate.replay import Replay, recorded_ledger
 from scaling.estimate.tape import Storage, Tape, Value, backward
 from scaling.estimate.torch_engines import DDP, FSDP, Single
 from scaling.groups import Group
-from scaling.inventory import inventory_of, still, text_length
+from scaling.inventory import attended_length, inventory_of, sequences, still, text_length
 from scaling.records import BatchPlan
 from scaling.spec.sections import DDP as DDPSpec
+from scaling.spec.sections import DPO, Decoder, FactoryModel, HuggingFace, Spec, Vla, in_chunks, packs
 from scaling.spec.sections import FSDP as FSDPSpec
-from scaling.spec.sections import Decoder, FactoryModel, HuggingFace, Spec, Vla, in_chunks, packs
 from scaling.spec.sections import DeepSpeed as DeepSpeedSpec
 from scaling.units import WIDTHS
 
@@ -62,8 +62,10 @@ def batch_sizes(spec: Spec, plan: BatchPlan, *, cuda: bool) -> list[int]:
     """Bytes of each tensor of a step's micro-batches; a vla's are on a GPU one at a time."""
     match spec.model:
         case Decoder() | FactoryModel() | HuggingFace():
-            tensors = 3 if packs(spec.data) else 2
-            return [LONG * plan.micro_batch * plan.sequence_length] * (tensors * plan.accumulation)
+            sizes = [LONG * plan.micro_batch * plan.sequence_length] * (3 if packs(spec.data) else 2)
+            if isinstance(spec.objective, DPO):  # what the reference makes of each
+                sizes.append(FLOAT * plan.micro_batch * sequences(spec))
+            return sizes * plan.accumulation
         case Vla() as model:
             text = text_length(model, plan.sequence_length)
             return vla.batch_sizes(model, plan.micro_batch, text) * (1 if cuda else plan.accumulation)
@@ -83,6 +85,7 @@ def _played_model(
                 compiled=compiled,
                 lora=spec.lora,
                 packed=packs(spec.data),
+                compares=isinstance(spec.objective, DPO),
             )
         case Vla() as model:
             parts = still(model, frozen)
@@ -112,7 +115,8 @@ def play(
     `rough` as in `Ops`: without what the batch itself takes.
     """
     tape = Tape()
-    ops = cast.ops(tape, Shape(plan.micro_batch, plan.sequence_length, WIDTHS[spec.precision]), cuda=cuda, rough=rough)
+    shape = Shape(plan.micro_batch * sequences(spec), attended_length(spec), WIDTHS[spec.precision])
+    ops = cast.ops(tape, shape, cuda=cuda, rough=rough)
     engine = cast.engine_for(spec)(ops, spec, groups, rendered, plan)
     frozen = {name for group in groups if group.frozen for name in group.names}
     model = _played_model(spec, frozen, ops, engine, cast)

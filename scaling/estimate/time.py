@@ -19,7 +19,7 @@ from scaling.estimate.results import TimeEstimate
 from scaling.estimate.strategies import Costs, Step, costs
 from scaling.groups import Group
 from scaling.hardware import Cluster
-from scaling.inventory import block_finder, inventory_of, text_length
+from scaling.inventory import attended_length, block_finder, inventory_of, text_length
 from scaling.records import BatchPlan
 from scaling.spec.sections import Recorded, Spec, Vla, in_chunks, packs
 
@@ -55,7 +55,7 @@ def estimate_time(
     seconds = sum(parts.values())
     rate = plan.global_tokens / plan.world_size / seconds
     peak = cluster.gpu.peak_flops(spec.precision)
-    flops = train_flops_per_token(spec.model, plan.sequence_length, frozen, spec.lora)
+    flops = train_flops_per_token(spec.model, attended_length(spec), frozen, spec.lora)
     return TimeEstimate(seconds, rate, None if peak is None else rate * flops / peak, parts)
 
 
@@ -75,7 +75,7 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
     if isinstance(model, Recorded):
         return _recorded_step(spec, model, plan, rendered, cluster, frozen)
     work = structure(model, frozen, spec.lora)
-    tokens, length = plan.micro_batch * plan.sequence_length, plan.sequence_length
+    tokens, length = plan.micro_batch * plan.sequence_length, attended_length(spec)
     blocks = tuple(
         # Where a mask says who sees whom, no kernel knows that it is causal, and half the scores are made in vain.
         (block, count, block_passes(model, block, tokens, length, mode, spec.compile, rates, not packs(spec.data)))

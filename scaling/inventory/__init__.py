@@ -11,7 +11,7 @@ from functools import cache
 from itertools import groupby
 
 from scaling.inventory.recorded import Inventory, Parameter, read_inventory
-from scaling.spec.sections import Decoder, Fusion, Lora, Model, Recorded, Vision, Vla
+from scaling.spec.sections import Decoder, Fusion, Lora, Model, PreferenceData, Recorded, Spec, Vision, Vla
 
 ADAPTERS = ("lora_A", "lora_B")
 """Modules of an adapter, below the linear layer that it is of: [rank, inputs], then [outputs, rank]."""
@@ -131,13 +131,24 @@ def patches(vision: Vision) -> int:
     return (vision.image_size // vision.patch_size) ** 2  # divisible: the spec refuses others
 
 
-def sample_length(model: Model, sequence_length: int) -> int:
+def sample_length(spec: Spec) -> int:
     """Positions of a sample: what throughput and FLOPs are counted by.
 
-    Of a language model its tokens. Of a vla the patches of all views, the tokens of the instruction (`sequence_length`)
-    and the actions of a chunk.
+    Of a language model its tokens, of a pair of responses those of both. Of a vla the patches of all views, the tokens
+    of the instruction (`data.sequence_length`) and the actions of a chunk.
     """
-    return sequence_length + _beside_text(model) if isinstance(model, Vla) else sequence_length
+    length = spec.data.sequence_length
+    return length + _beside_text(spec.model) if isinstance(spec.model, Vla) else sequences(spec) * length
+
+
+def sequences(spec: Spec) -> int:
+    """How many sequences a sample has: two where responses are compared."""
+    return 2 if isinstance(spec.data, PreferenceData) else 1
+
+
+def attended_length(spec: Spec) -> int:
+    """Positions of a sample that may look at each other, as `train_flops_per_token` wants them."""
+    return sample_length(spec) // sequences(spec)
 
 
 def text_length(model: Model, length: int) -> int:

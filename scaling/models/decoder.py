@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scaling.inventory import blocks, head_dim, is_adapter
 from scaling.models.lora import adapter_inserter, fill_adapter
-from scaling.models.loss import summed_cross_entropy
+from scaling.models.loss import summed_cross_entropy, token_cross_entropy
 from scaling.models.recipe import ModelRecipe
 from scaling.spec.sections import Decoder as DecoderSpec
 from scaling.spec.sections import Lora, Objective, in_chunks
@@ -68,8 +68,16 @@ class Decoder(nn.Module):
         if spec.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
-        """Logits [batch, sequence, vocabulary], or with `targets` the summed loss (fp32 scalar).
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        starts: Tensor | None = None,
+        *,
+        by_sequence: bool = False,
+    ) -> Tensor:
+        """Logits [batch, sequence, vocabulary], or with `targets` the summed loss (fp32 scalar), or the sum of each
+        sequence (fp32 [batch]) where `by_sequence`.
 
         `input_ids` and `targets`: int64 [batch, sequence]; targets of -100 are masked. Where a sequence holds several
         texts, `starts`, int64 [batch, sequence], says where the text of each token begins: tokens see those of their
@@ -87,7 +95,7 @@ class Decoder(nn.Module):
         hidden = self.dropout(hidden)
         for layer in self.layers:
             hidden = layer(hidden, rotation) if mask is None else layer(hidden, rotation, mask)
-        return self.lm_head(self.norm(hidden), targets)
+        return self.lm_head(self.norm(hidden), targets, by_sequence=by_sequence)
 
 
 class Block(nn.Module):
@@ -187,10 +195,14 @@ class Head(Linear):
         super().__init__(inputs, outputs, bias=False)
         self.chunked = chunked
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits [batch, sequence, outputs], or with `targets` [batch, sequence] the summed cross-entropy (fp32)."""
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, by_sequence: bool = False) -> Tensor:
+        """Logits [batch, sequence, outputs], or with `targets` [batch, sequence] the summed cross-entropy (fp32); that
+        of each sequence, [batch], where `by_sequence`."""
         if targets is None:
             return F.linear(hidden, self.weight)
+        if by_sequence:
+            rows, wanted = hidden.flatten(0, 1), targets.flatten()
+            return token_cross_entropy(rows, self.weight, wanted, chunked=self.chunked).view(targets.shape).sum(dim=1)
         return summed_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), chunked=self.chunked)
 
 

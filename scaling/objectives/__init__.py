@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from scaling.errors import UserError
 from scaling.imports import call_target
 from scaling.objectives.behaviour_cloning import flow_matching, regression
+from scaling.objectives.preference import PreferenceLoss
 from scaling.records import IGNORED
-from scaling.spec.sections import SFT, BehaviourCloning, CausalLM, Factory
+from scaling.spec.sections import DPO, SFT, BehaviourCloning, CausalLM, Factory
 from scaling.spec.sections import Objective as ObjectiveSpec
 
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -26,6 +27,8 @@ def build_objective(spec: ObjectiveSpec, allow_import: Sequence[str] = (), *, fr
     match spec:
         case CausalLM() | SFT():
             return _causal_lm_from_logits if from_logits else _causal_lm
+        case DPO():
+            return PreferenceLoss(spec.beta, spec.label_smoothing)
         case BehaviourCloning(loss="flow_matching"):
             return flow_matching
         case BehaviourCloning():

@@ -8,7 +8,11 @@ from typing import Any
 from scaling.render import render
 from scaling.spec import load_spec
 
-RECIPES = ("atlas-vla", "atlas-vla-tiny", "gpt-stdlib", "gpt2-124m", "llama-8b")
+RECIPES = (
+    *("atlas-vla", "atlas-vla-tiny", "gpt-stdlib", "gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1.5b", "gpt2-dolly"),
+    *("llama-8b", "minimind-pretrain", "minimind-sft", "minimind-lora", "minimind-dpo"),
+)
+"""Not those for a CPU."""
 GPUS = (1, 4, 8)
 STRATEGIES: dict[str, dict[str, Any]] = {
     "zero1": {"kind": "deepspeed", "zero_stage": 1},

@@ -302,6 +302,19 @@ class SFT(Section):
     """As of causal_lm."""
 
 
+class DPO(Section):
+    """Direct preference optimisation (Rafailov et al., 2023): of two responses the chosen one is made more probable,
+    compared with the model that training starts from, than the rejected one; the loss is the mean over pairs."""
+
+    kind: Literal["dpo"]
+    beta: Positive = 0.1
+    """How closely the model is held to the one it starts from; larger is closer. Default: as the paper and trl."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs that are taken to have been swapped by mistake (cDPO). Default: none."""
+    cross_entropy: Literal["chunked", "plain"] = "chunked"
+    """As of causal_lm; chunked logits are computed a second time in the backward pass."""
+
+
 class BehaviourCloning(Section):
     """Actions as a demonstrator's: the error summed over the numbers of all actions that are no padding, over the whole
     step, divided by how many they are."""
@@ -330,12 +343,12 @@ class Factory(Section):
     """Its keyword arguments."""
 
 
-Objective = Annotated[CausalLM | SFT | BehaviourCloning | Factory, Field(discriminator="kind")]
+Objective = Annotated[CausalLM | SFT | DPO | BehaviourCloning | Factory, Field(discriminator="kind")]
 
 
 def in_chunks(objective: Objective) -> bool:
     """Whether a decoder's loss takes a slice of the tokens at a time: for code of one's own it does."""
-    return not isinstance(objective, CausalLM | SFT) or objective.cross_entropy == "chunked"
+    return not isinstance(objective, CausalLM | SFT | DPO) or objective.cross_entropy == "chunked"
 
 
 # ---------------------------------------------------------------- data
@@ -411,6 +424,33 @@ class ChatData(Section):
     """Folder of the tokenised conversations, keyed by content, tokenizer and template; safe to delete."""
 
 
+class PreferenceData(Section):
+    """Pairs of responses in jsonl, one object a line: `chosen` and `rejected`, each a conversation that ends with the
+    assistant (a list of messages, as MiniMind's), or, after a `prompt`, the response alone (as text or messages)."""
+
+    kind: Literal["preference"]
+    train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
+    """Globs of .jsonl files, relative to the working folder; "python-stdlib" means pairs made of the standard library:
+    what a function's docstring says first, preferred to what another's does."""
+    validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
+    """The share of pairs (by a hash of their content) held out for validation, or globs of validation files; 0 holds
+    out none."""
+    tokenizer: Text = "bytes"
+    """As of chat."""
+    template: Literal["chatml", "instruction"] = "chatml"
+    """As of chat."""
+    sequence_length: Size
+    """Tokens in each of a sample's two sequences."""
+    too_long: Literal["truncate", "skip", "refuse"] = "truncate"
+    """What happens to a pair of which one is longer than sequence_length + 1 tokens: its end is cut off, the pair is
+    left out, or the run does not start. What is cut off and left out is counted in the log."""
+    malformed: Literal["refuse", "skip"] = "refuse"
+    """What happens to a line that is no pair: the run does not start, and file and line are named; or it is left out,
+    and counted in the log."""
+    cache: Text = ".cache/scaling"
+    """As of chat."""
+
+
 def packs(data: "Data") -> bool:
     """Whether samples hold several texts each, which do not see one another."""
     return isinstance(data, ChatData) and data.packing
@@ -434,7 +474,7 @@ class SyntheticData(Section):
     """Tokens in one sample; of a vla: in its instruction."""
 
 
-Data = Annotated[TextData | TokenData | ChatData | SyntheticData, Field(discriminator="kind")]
+Data = Annotated[TextData | TokenData | ChatData | PreferenceData | SyntheticData, Field(discriminator="kind")]
 
 
 # ---------------------------------------------------------------- batch, optimizer, groups, schedule
@@ -914,7 +954,8 @@ class Spec(Section):
                 f"`data.sequence_length` must be at most {field}.max_position_embeddings "
                 f"({reader.max_position_embeddings}), but is {data.sequence_length}; change one of them"
             )
-        if isinstance(data, TextData | ChatData) and data.tokenizer == "bytes" and reader.vocab_size < 256:
+        in_bytes = not isinstance(data, TokenData | SyntheticData) and data.tokenizer == "bytes"
+        if in_bytes and reader.vocab_size < 256:
             yield (
                 f'`{field}.vocab_size` must be at least 256 for the tokenizer "bytes", '
                 f"but is {reader.vocab_size}; set it to 256"
@@ -928,8 +969,11 @@ class Spec(Section):
     def _model_and_objective(self) -> Iterator[str]:
         model, objective = self.model, self.objective
         wanted = ("behaviour_cloning",) if isinstance(model, Vla) else ("causal_lm", "sft")
+        if isinstance(model, Decoder):
+            wanted += ("dpo",)
         if not isinstance(objective, Factory) and objective.kind not in wanted:
-            either = " or ".join(f'"{kind}"' for kind in wanted)
+            *most, last = [f'"{kind}"' for kind in wanted]
+            either = f"{', '.join(most)} or {last}" if most else last
             yield (
                 f'`objective.kind` must be {either} for a model of kind "{model.kind}", but is "{objective.kind}"; '
                 f'set `objective` to {{"kind": "{wanted[0]}"}}'
@@ -938,6 +982,12 @@ class Spec(Section):
             yield (
                 f'`data.kind` must be "chat" for the objective "sft", but is "{self.data.kind}", which does not say '
                 'whose words are whose; change it, or set `objective` to {"kind": "causal_lm"}'
+            )
+        elif isinstance(objective, DPO) != isinstance(self.data, PreferenceData) and not isinstance(objective, Factory):
+            fitting = "preference" if isinstance(objective, DPO) else "chat"
+            yield (
+                f'`data.kind` must be "preference" for the objective "dpo" and no other, but is "{self.data.kind}" for '
+                f'"{objective.kind}"; set it to "{fitting}", or change `objective`'
             )
         if isinstance(self.data, ChatData) and self.data.packing and not isinstance(model, Decoder):
             yield (

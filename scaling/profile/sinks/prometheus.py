@@ -152,6 +152,8 @@ class State:
             yield _gauge("validation_loss", "Mean loss of the last validation, nats", self.validation.loss)
             yield _gauge("validation_best_loss", "Lowest loss of a validation since this start", self.best_loss)
             yield _gauge("validation_bits_per_byte", "Of the last validation", self.validation.bits_per_byte)
+            for name, value in self.validation.measures.items():
+                yield _gauge(f"validation_{name}", "Of the last validation", value)
             yield _gauge("validation_step", "Optimizer steps done at the last validation", self.validation.step)
             yield _gauge("validation_seconds", "How long the last validation took", self.validation.seconds)
         yield from self._of_checkpoints()

@@ -52,4 +52,5 @@ def _over_ranks(record: StepRecord) -> dict[str, Any]:
 def validation_scalars(record: ValidationRecord) -> dict[str, float]:
     """The same of a validation."""
     found = {"validation/loss": record.loss, "validation/seconds": record.seconds}
+    found |= {f"validation/{name}": value for name, value in record.measures.items()}
     return found if record.bits_per_byte is None else {**found, "validation/bits_per_byte": record.bits_per_byte}

@@ -60,9 +60,10 @@ def step_line(record: StepRecord, last_step: int) -> str:
 def validation_line(record: ValidationRecord) -> str:
     """A validation as a line of the log."""
     bits = "" if record.bits_per_byte is None else f"  {record.bits_per_byte:.4f} bits per byte"
+    bits += "".join(f"  {name} {value:.4f}" for name, value in record.measures.items())
     tokens = format_count(record.tokens)
     return (
-        f"validation after step {record.step}: loss {record.loss:.4f}{bits}  ({tokens} tokens, "
+        f"validation after step {record.step}: loss {record.loss:.4f}{bits}  ({tokens} {record.unit}, "
         f"{format_seconds(record.seconds)})"
     )
 
