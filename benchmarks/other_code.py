@@ -25,9 +25,9 @@ from scaling.spec.sections import Spec
 class RepeatingOps(Ops):
     """Keys and values are copied for every query head before attention (torchtitan's repeat_kv, torchtune's expand)."""
 
-    def attention(self, query: Value, key: Value, value: Value, width: int) -> Value:
+    def attention(self, query: Value, key: Value, value: Value, width: int, mask: Storage | None = None) -> Value:
         key, value = self._repeated(key, query.elements), self._repeated(value, query.elements)
-        return super().attention(query, key, value, width)
+        return super().attention(query, key, value, width, mask)
 
     def _repeated(self, value: Value, size: int) -> Value:
         small = value.elements

@@ -96,13 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(spec: Spec, combinations: Sequence[tuple[str, int]], steps: int) -> list[Curve]:
     """Train `spec` for `steps` steps in each combination of backend and world size, in real processes."""
     curves: list[Curve] = []
+    preload = ["peft"] if spec.lora is not None else []
+    preload += ["deepspeed"] if any(name.startswith("zero") for name, _ in combinations) else []
     with tempfile.TemporaryDirectory(prefix="scaling-parity-") as folder:
         spec_file = Path(folder) / "spec.json"
         spec_file.write_text(json.dumps(spec.to_json()))
         for world_size in dict.fromkeys(size for _, size in combinations):
             names = [name for name, size in combinations if size == world_size]
             while names:
-                found = _launch(spec_file, names, world_size, steps)
+                found = _launch(spec_file, names, world_size, steps, preload)
                 curves += found
                 names = names[len(found) :]
     order = {combination: i for i, combination in enumerate(combinations)}
@@ -155,7 +157,7 @@ def _apart(have: float, want: float) -> float:
     return abs(have - want) / max(abs(want), 1e-12)
 
 
-def _launch(spec_file: Path, names: Sequence[str], world_size: int, steps: int) -> list[Curve]:
+def _launch(spec_file: Path, names: Sequence[str], world_size: int, steps: int, preload: Sequence[str]) -> list[Curve]:
     """One launch of `world_size` processes; it ends after the first backend that fails, the rest is launched anew."""
     out = spec_file.with_name(f"curves-{world_size}.jsonl")
     out.unlink(missing_ok=True)
@@ -170,7 +172,7 @@ def _launch(spec_file: Path, names: Sequence[str], world_size: int, steps: int) 
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free.getsockname()[1]),
         }
-    context, ranks = forks(), [{**same, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(world_size)]
+    context, ranks = forks(*preload), [{**same, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(world_size)]
     running = [context.Process(target=_rank, args=(rank, errors, out, spec_file, names, steps)) for rank in ranks]
     for process in running:
         process.start()

@@ -51,9 +51,11 @@ def torchrun(world_size: int, *arguments: str, timeout: float = 600) -> subproce
     return _warm(arguments, ranks, timeout)
 
 
-def python(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """`python …`; warm (see there)."""
-    return _warm(arguments, [{}], timeout)
+def python(
+    *arguments: str, timeout: float = 600, folder: Path = ROOT, paths: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """`python …` in a folder, with `paths` to import from; warm (see there)."""
+    return _warm(arguments, [{"PYTHONPATH": f"{ROOT}:{paths}"} if paths else {}], timeout, folder)
 
 
 def started(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -67,12 +69,12 @@ def _server() -> Server:
 
 
 def _warm(
-    arguments: Sequence[str], ranks: Sequence[dict[str, str]], timeout: float
+    arguments: Sequence[str], ranks: Sequence[dict[str, str]], timeout: float, folder: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     server, ends = _server(), time.monotonic() + timeout
-    with tempfile.TemporaryDirectory() as folder:
-        out, error = (Path(folder) / name for name in ("out", "error"))
-        pids = [server.start(list(arguments), {**ENVIRONMENT, **rank}, ROOT, out, error) for rank in ranks]
+    with tempfile.TemporaryDirectory() as files:
+        out, error = (Path(files) / name for name in ("out", "error"))
+        pids = [server.start(list(arguments), {**ENVIRONMENT, **rank}, folder, out, error) for rank in ranks]
         try:
             while None in (codes := [server.code(pid) for pid in pids]):
                 if any(codes):  # as torchrun: no rank survives another

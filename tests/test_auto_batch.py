@@ -116,7 +116,7 @@ def test_one_process_takes_what_a_step_has_confirmed(path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("backend", "limit"), [("ddp", 280_000), pytest.param("fsdp", 240_000, marks=pytest.mark.long)]
+    ("backend", "limit"), [pytest.param(*one, marks=pytest.mark.long) for one in (("ddp", 280_000), ("fsdp", 240_000))]
 )
 def test_a_rank_that_runs_out_makes_all_take_the_next_smaller(path, tmp_path, backend, limit):
     """Rank 1 has room for two sequences at a time: both take two, and the global batch stays; then it goes on so."""

@@ -199,7 +199,7 @@ def test_what_is_too_long_is_cut_off_left_out_or_refused(tmp_path, caplog):
     assert len(opened(tmp_path, sequence_length=80, too_long="skip")) == 1
     with pytest.raises(UserError, match=r"at most 81 tokens .* but 2 of 3 are longer, the longest "):
         opened(tmp_path, sequence_length=80, too_long="refuse")
-    with pytest.raises(UserError, match="at least one conversation with a target"):
+    with pytest.raises(UserError, match="must hold conversations with a target"):
         opened(tmp_path, sequence_length=16)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from made_runs import START, GiB, event, make_run, step, validation
-from processes import python
+from processes import python, started
 
 from scaling.batch import resolve_batch
 from scaling.doctor import RULES, at_end, diagnose, examine
@@ -518,7 +518,7 @@ def test_the_doctor_needs_neither_torch_nor_numpy(tmp_path):
         "import sys; from scaling.doctor.__main__ import main; main([sys.argv[1]]); "
         "print({'torch', 'numpy'} & sys.modules.keys())"
     )
-    told = python("-c", code, str(tmp_path)).stdout
+    told = started("-c", code, str(tmp_path)).stdout
     assert told.rstrip().endswith("set()") and "a faster way to run it" in told
 
 

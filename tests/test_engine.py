@@ -18,7 +18,12 @@ CASES = {
     ("llama-parity", 1, "fp16"): "single,fsdp",  # DeepSpeed has no fp16 on a CPU
     ("gpt-parity", 2, "fp32"): "zero2,hsdp,zero3-hpz-cut,zero3-cut",
 }
-ENGINES = [(case, name) for case, names in CASES.items() for name in names.split(",")]
+LONG = (("llama-parity", 3, "fp32"),)
+ENGINES = [
+    pytest.param(case, name, marks=[pytest.mark.long] * (case in LONG))
+    for case, names in CASES.items()
+    for name in names.split(",")
+]
 TOLERANCE = {"fp32": 2e-6, "bf16": 5e-3, "fp16": 1e-3}
 """Of losses, relative."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ROOT
+from processes import ROOT, python
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scaling.errors import UserError
@@ -66,10 +66,7 @@ OWN_CLASS = "own_models:mixers"
 
 
 def command(*words: str, folder: Path, paths: str = "") -> subprocess.CompletedProcess[str]:
-    import os
-
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{paths}"}
-    return subprocess.run([sys.executable, "-m", *words], cwd=folder, env=environment, capture_output=True, text=True)
+    return python("-m", *words, folder=folder, paths=paths)
 
 
 def spec_file(folder: Path, model: dict[str, Any], **more: Any) -> Path:

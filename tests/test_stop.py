@@ -38,7 +38,8 @@ def command(launcher, folder, steps):
     ("launcher", "number", "to_all"),
     [
         ("python", "SIGTERM", False),
-        ("deepspeed", "SIGINT", True),
+        # Launchers are tried by tests/test_watch.py too.
+        pytest.param("deepspeed", "SIGINT", True, marks=pytest.mark.long),
         pytest.param("torchrun", "SIGTERM", False, marks=pytest.mark.long),
     ],
 )

@@ -1,6 +1,7 @@
 """The vision-language-action model: its inventory, its parts, its losses, its data; and that it learns."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,9 +95,13 @@ def test_initial_values_are_of_their_part() -> None:
     assert not values["action_head.bias"].any() and values["action_head.weight"].any()
 
 
+def positions(model) -> int:
+    return sample_length(SimpleNamespace(model=model, data=SimpleNamespace(sequence_length=TOKENS)))
+
+
 def test_a_sample_has_positions_of_all_it_is_made_of() -> None:
     spec = vla_spec()
-    length = sample_length(spec, TOKENS)
+    length = positions(spec)
     assert length == 2 * 16 + TOKENS + 6 and text_length(spec, length) == TOKENS
 
 
@@ -273,7 +278,7 @@ def test_flops_are_what_torch_counts(frozen: str, head: str) -> None:
     )
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(model, batch).backward()
-    length = sample_length(spec, TOKENS)
+    length = positions(spec)
     names = {name for name, p in model.named_parameters() if not p.requires_grad}
     have = train_flops_per_token(spec, length, names) * 2 * length
     assert have == pytest.approx(counter.get_total_flops(), rel=0.01)

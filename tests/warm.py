@@ -19,7 +19,7 @@ from pathlib import Path
 PRELOADED = (
     *("torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint"),
     *("numpy", "rich.table", "scaling.train", "scaling.run", "scaling.loop", "scaling.engine.build"),
-    "scaling.checkpoint.keeper",
+    *("scaling.checkpoint.keeper", "deepspeed", "peft"),
 )
 
 
@@ -115,6 +115,8 @@ def become(request: dict) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if paths := os.environ.get("PYTHONPATH"):
+        sys.path[1:1] = [path for path in paths.split(os.pathsep) if path]
     for number, place in ((1, "stdout"), (2, "stderr")):
         opened = os.open(request[place], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, number)

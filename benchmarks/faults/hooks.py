@@ -210,6 +210,8 @@ def _limit_address_space(more: int) -> None:
     real = train.run
 
     def call(*arguments: Any, **settings: Any) -> Any:
+        import torch._dynamo  # noqa: F401 - torch's optimizers do; it takes addresses that tensors are to have
+
         with open("/proc/self/statm", encoding="ascii") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + more, resource.RLIM_INFINITY))

@@ -69,6 +69,11 @@ _VLA: Spec = {
 }
 """A model of another kind, with what goes with it."""
 
+_WORDS: Spec = {"train": ["*.jsonl"], "tokenizer": "words.json", "sequence_length": 64}
+_SFT: Spec = {"objective": {"kind": "sft", "cross_entropy": "plain"}, "data": {"kind": "chat", **_WORDS}}
+_DPO: Spec = {"objective": {"kind": "dpo", "beta": 0.2}, "data": {"kind": "preference", **_WORDS}}
+"""Objectives with the data that they want."""
+
 _RECORDED: Spec = {"data": {"kind": "synthetic", "sequence_length": 64}, "param_groups": SMALL["param_groups"][1:]}
 _FACTORY: Spec = _RECORDED | {
     "model": {"kind": "factory", "target": "my_code.models:build", "arguments": {"layers": 2}, "inventory": "own.json"}
@@ -121,7 +126,7 @@ def maximal_specs() -> list[Spec]:
     for index in range(max(map(len, _VARIANTS.values()))):
         chosen = {section: kinds[index % len(kinds)] for section, kinds in _VARIANTS.items()}
         found.append(Validated.model_validate_json(json.dumps(SMALL | chosen)).to_json())
-    for other in (_VLA, _FACTORY, _HUGGINGFACE):
+    for other in (_VLA, _SFT, _DPO, _FACTORY, _HUGGINGFACE):
         found.append(Validated.model_validate_json(json.dumps(SMALL | other)).to_json())
     return found
 

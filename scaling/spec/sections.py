@@ -968,9 +968,9 @@ class Spec(Section):
 
     def _model_and_objective(self) -> Iterator[str]:
         model, objective = self.model, self.objective
-        wanted = ("behaviour_cloning",) if isinstance(model, Vla) else ("causal_lm", "sft")
+        wanted = ("behaviour_cloning",) if isinstance(model, Vla) else ("causal_lm",)
         if isinstance(model, Decoder):
-            wanted += ("dpo",)
+            wanted += ("sft", "dpo")
         if not isinstance(objective, Factory) and objective.kind not in wanted:
             *most, last = [f'"{kind}"' for kind in wanted]
             either = f"{', '.join(most)} or {last}" if most else last

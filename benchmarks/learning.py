@@ -1,0 +1,118 @@
+"""Do the recipes learn? Trained for real, each on two ranks, and held against what they are to reach.
+
+    python -m benchmarks.learning [--only gpt2,sft] [--out benchmarks/results/learning-cpu.json]
+
+gpt2: gpt2-tiny's bits per byte of held-out text are no more than 1 % above those of a plain torch loop (plain_gpt.py).
+sft, lora: the loss of held-out responses falls. dpo: of held-out pairs the chosen response gains on the rejected one in
+more than 80 %. Exit code 0 where all of it holds.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scaling.run_folder import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN_SEEDS, OUR_SEEDS = (1, 2, 3), (1337, 1338, 1339)
+TOLERANCE, ACCURACY = 0.01, 0.8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default=",".join(CHECKS), help=f"of {','.join(CHECKS)}")
+    parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="scaling-learning-") as folder:
+        work = Work(Path(folder))
+        rows = [CHECKS[name](work) for name in options.only.split(",")]
+    for row in rows:
+        print(json.dumps(row))
+    if options.out:
+        report = {"environment": environment(2, "cpu"), "rows": rows}
+        Path(options.out).write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if all(row["holds"] for row in rows) else 1
+
+
+class Work:
+    """Runs of recipes; one that others begin from is trained once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._done: set[str] = set()
+
+    def train(self, recipe: str, name: str = "", *sets: str, stop_after: int | None = None) -> Path:
+        """The run folder of a recipe, trained with these settings."""
+        name = name or recipe
+        run = self.folder / name
+        if name not in self._done:
+            words = [word for setting in sets for word in ("--set", setting)]
+            words += [] if stop_after is None else ["--stop-after", str(stop_after)]
+            launcher = ["--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+            command = [sys.executable, "-m", "torch.distributed.run", *launcher, "launch/train.py", "--spec", recipe]
+            environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+            subprocess.run([*command, "--run-dir", str(run), *words], cwd=ROOT, env=environment, check=True)
+            self._done.add(name)
+        return run
+
+    def last(self, run: Path) -> dict[str, Any]:
+        """Its last validation."""
+        return json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
+
+
+def gpt2(work: Work) -> dict[str, Any]:
+    plain = []
+    for seed in PLAIN_SEEDS:
+        command = [sys.executable, "-m", "benchmarks.plain_gpt", "--recipe", "gpt2-tiny", "--seed", str(seed)]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        plain.append(json.loads(done.stdout.splitlines()[-1])["bits_per_byte"])
+    runs = [work.train("gpt2-tiny", f"gpt2-tiny-{seed}", f"seed={seed}") for seed in OUR_SEEDS]
+    ours = [work.last(run)["bits_per_byte"] for run in runs]
+    mean, theirs = sum(ours) / len(ours), sum(plain) / len(plain)
+    return {
+        "check": "gpt2",
+        "bits_per_byte": ours,
+        "seeds": OUR_SEEDS,
+        "plain": plain,
+        "plain_seeds": PLAIN_SEEDS,
+        "above_plain": mean / theirs - 1,
+        "holds": mean <= (1 + TOLERANCE) * theirs,
+    }
+
+
+def _tuned(work: Work, recipe: str, base: str) -> dict[str, Any]:
+    """Held-out loss after one step, at the LR that warm-up begins with, and after the last."""
+    start = f"initialize_from={json.dumps(str(work.train(base)))}"
+    first = work.last(work.train(recipe, f"{recipe}-first", start, stop_after=1))
+    last = work.last(work.train(recipe, recipe, start))
+    return {"recipe": recipe, "base": base, "first": first, "last": last}
+
+
+def sft(work: Work) -> dict[str, Any]:
+    rows = [_tuned(work, "gpt2-dolly-tiny", "gpt2-tiny"), _tuned(work, "minimind-sft-tiny", "minimind-pretrain-tiny")]
+    return {"check": "sft", "rows": rows, "holds": all(row["last"]["loss"] < row["first"]["loss"] for row in rows)}
+
+
+def lora(work: Work) -> dict[str, Any]:
+    row = _tuned(work, "minimind-lora-tiny", "minimind-pretrain-tiny")
+    return {"check": "lora", "rows": [row], "holds": row["last"]["loss"] < row["first"]["loss"]}
+
+
+def dpo(work: Work) -> dict[str, Any]:
+    sft(work)
+    start = f"initialize_from={json.dumps(str(work.folder / 'minimind-sft-tiny'))}"
+    last = work.last(work.train("minimind-dpo-tiny", "", start))
+    return {"check": "dpo", "last": last, "holds": last["measures"]["accuracy"] > ACCURACY}
+
+
+CHECKS: dict[str, Callable[[Work], dict[str, Any]]] = {"gpt2": gpt2, "sft": sft, "lora": lora, "dpo": dpo}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
