@@ -1,6 +1,7 @@
 """Pairs of responses: what is read of them, what their loss is, and what it is compared with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from processes import TINY_MODEL
 
 from scaling.data.build import build_datasets
+from scaling.data.dataset import PairBatch
 from scaling.data.preference import open_preference_data
 from scaling.errors import UserError
 from scaling.models.build import model_recipe
 from scaling.models.loss import token_cross_entropy
 from scaling.objectives import build_objective
+from scaling.objectives.preference import log_probabilities
 from scaling.records import IGNORED
 from scaling.spec.sections import PreferenceData, Spec
 
@@ -245,3 +248,100 @@ def test_specs_that_cannot_be(tmp_path, changes, message):
     with pytest.raises(ValueError, match=r"must|should") as raised:
         spec_of(tmp_path, **changes)
     assert message in str(raised.value)
+
+
+def words(count: int):
+    """A tokenizer of so many words, w0 w1 …; w0 ends a text, w1 fills up."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({f"w{index}": index for index in range(count)}, unk_token="w2"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="w0", pad_token="w1")
+
+
+def ours_of(theirs, folder: Path, spec: Spec) -> dict[str, torch.Tensor]:
+    """The tensors of a transformers' model, by the names and in the layout of ours."""
+    from scaling.checkpoint.weights import open_weights
+
+    theirs.save_pretrained(folder)
+    source = open_weights(folder, spec.model, None)
+    shapes = {name: parameter.shape for name, parameter in model_recipe(spec).build().named_parameters()}
+    found = {name: source.read(name, 0, shape.numel()).view(shape).clone() for name, shape in shapes.items()}
+    source.close()
+    return found
+
+
+def test_loss_and_gradients_are_those_of_trl(tmp_path):
+    from datasets import Dataset
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from trl import DPOConfig, DPOTrainer
+
+    torch.manual_seed(0)
+    none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
+    config = GPT2Config(**sizes, **none, bos_token_id=0, eos_token_id=0)
+    policy, reference = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
+    rows = [
+        {"prompt": f"w{n + 5} w{n + 6}", "chosen": " w9" * (n + 1), "rejected": f" w{n + 20} w30 w31"} for n in range(3)
+    ]
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        beta=0.3,
+        per_device_train_batch_size=3,
+        use_cpu=True,
+        report_to="none",
+        bf16=False,
+    )
+    trainer = DPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=words(64),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+
+    model = {
+        "kind": "decoder",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "norm": "layernorm",
+        "activation": "gelu_new",
+        "position": "learned",
+        "bias": True,
+        "tie_word_embeddings": True,
+    }
+    written(tmp_path, pair())
+    small = section(tmp_path, sequence_length=32).model_dump() | {"tokenizer": "words.json"}
+    spec = spec_of(tmp_path, model=model, data=small, objective={"kind": "dpo", "beta": 0.3})
+    ids, wanted = batch["input_ids"], batch["completion_mask"].bool()
+    ids, wanted = (torch.stack(tensor.chunk(2), dim=1) for tensor in (ids, wanted))
+    targets = torch.where(wanted[..., 1:], ids[..., 1:], IGNORED)
+    pairs = PairBatch(ids[..., :-1].contiguous(), targets, torch.zeros(3, 2))
+    modules = []
+    for name, one in (("policy", trainer.accelerator.unwrap_model(trainer.model)), ("reference", reference)):
+        module = model_recipe(spec).build()
+        module.load_state_dict(ours_of(one, tmp_path / name, spec), strict=False)
+        modules.append(module)
+    with torch.no_grad():
+        pairs = replace(pairs, reference=log_probabilities(modules[1], pairs))
+    mine = build_objective(spec.objective)(modules[0], pairs) / 3
+    mine.backward()
+    assert abs(float(mine.detach()) - np.log(2)) > 0.1, "nothing was compared"
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(parameter.grad)
+    grads = ours_of(policy, tmp_path / "grads", spec)
+    largest = max(float(grad.abs().max()) for grad in grads.values())
+    for name, parameter in modules[0].named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-5, atol=1e-5 * largest, msg=name)
