@@ -2,8 +2,8 @@
 
     python -m scaling.tokenizer 'data/*.jsonl' --vocab-size 6400 --out tokenizer.json
 
-Of a .jsonl file the `text` of each line is read, or its conversation; "python-stdlib" means the standard library's source.
-Any text can be spelt in it, whatever it was trained on, since the 256 bytes are its alphabet.
+Of a .jsonl file the `text` of each line is read, or its conversation; "python-stdlib" means the standard library's
+source. Any text can be spelt in it, whatever it was trained on, since the 256 bytes are its alphabet.
 """
 
 import json
@@ -35,9 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_output(Path(options.out), trained, "--out")
     size = len(json.loads(trained)["model"]["vocab"])
     if size < options.vocab_size:
-        print(
-            f"note: the text has no more than {size:,} tokens to give; set `model.vocab_size` to that", file=sys.stderr
-        )
+        print(f"note: the text has no more than {size:,} tokens to give: that is `model.vocab_size`", file=sys.stderr)
     print(f"{options.out}: {size:,} tokens, of {len(paths):,} files")
 
 
@@ -61,7 +59,7 @@ def train(texts: Iterator[str], vocab_size: int) -> str:
 def _texts(paths: Sequence[Path]) -> Iterator[str]:
     from scaling.data.conversations import messages_of
     from scaling.data.files import digest_of, unreadable
-    from scaling.data.lines import Malformed, read_lines, refusal, text_of
+    from scaling.data.lines import Malformed, read_lines, text_of
 
     for path in paths:
         if path.suffix != ".jsonl":
@@ -77,7 +75,7 @@ def _texts(paths: Sequence[Path]) -> Iterator[str]:
                 else:
                     yield from (message.content for message in messages_of(line.value))
             except Malformed as error:
-                raise refusal(line, error) from error
+                raise UserError(f"{path}:{line.number}: {error}; correct the line, or leave it out") from error
 
 
 def _parser() -> CommandLine:
