@@ -94,11 +94,6 @@ def run(
     is. Raises UserError and its kin, and Exhausted where memory runs out once the engine is being built.
     """
     spec = job.spec
-    if isinstance(spec.model, Recorded):
-        raise UserError(
-            f'`model.kind` must be "decoder" or "vla" to be trained, but is "{spec.model.kind}", which can be planned '
-            "and rehearsed so far; write it as a decoder"
-        )
     from scaling.data.build import build_datasets
     from scaling.engine.build import build_engine
     from scaling.models.build import model_recipe
@@ -106,16 +101,17 @@ def run(
     from scaling.profile.stock import taking_stock
 
     sticks = yardsticks(job, process)
-    objective = build_objective(spec.objective, job.allow_import)
+    objective = build_objective(spec.objective, job.allow_import, from_logits=isinstance(spec.model, Recorded))
     dataset, held_out = build_datasets(spec)
     max_steps = _number_of_steps(spec, job.plan, len(dataset))
     last_step = min(stop_after or max_steps, max_steps)
     identity = _identity(job, process, dataset.fingerprint)
     start = None if resume is None else _starting_point(job, process, resume, identity)
     weights = _initial_weights(spec, process) if start is None else None
-    recipe = model_recipe(spec)
-    with taking_stock("build", process.device):
+    with taking_stock("build", process.device):  # the recipe may hold a whole model: it is kept nowhere
+        recipe = model_recipe(spec, job.allow_import, filled=True)
         engine = build_engine(spec, job.rendered, recipe, job.groups, process)
+        del recipe
     snapshot = _memory_snapshot(job, process, resume)
     with closing(engine), taking_stock("save", process.device, engine, snapshot):
         with taking_stock("build" if start is None else "restore", process.device, engine, snapshot):

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 class Mixer(nn.Module):
     """A causal convolution over the tokens, a gate from a second input, and an MLP in which one layer serves twice."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = dropout
         self.norm = nn.RMSNorm(width)
         self.mix = nn.Conv1d(width, width, 4, groups=width)
         self.gate = nn.Linear(width, width)
@@ -18,17 +19,17 @@ class Mixer(nn.Module):
     def forward(self, hidden: Tensor, *, positions: Tensor) -> Tensor:
         mixed = self.mix(F.pad(self.norm(hidden).transpose(1, 2), (3, 0))).transpose(1, 2)
         mixed = mixed * torch.sigmoid(self.gate(hidden + positions))
-        return hidden + F.dropout(self.inner(F.gelu(self.inner(mixed))), 0.1, self.training)
+        return hidden + F.dropout(self.inner(F.gelu(self.inner(mixed))), self.dropout, self.training)
 
 
 class Mixers(nn.Module):
     """Token ids to logits; a list of unlike parts stands before the blocks."""
 
-    def __init__(self, words: int, width: int, layers: int) -> None:
+    def __init__(self, words: int, width: int, layers: int, dropout: float) -> None:
         super().__init__()
         self.embed = nn.Embedding(words, width)
         self.before = nn.ModuleList([nn.LayerNorm(width), nn.Linear(width, width)])
-        self.layers = nn.ModuleList(Mixer(width) for _ in range(layers))
+        self.layers = nn.ModuleList(Mixer(width, dropout) for _ in range(layers))
         self.head = nn.Linear(width, words, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("scale", torch.ones(width))
@@ -43,8 +44,8 @@ class Mixers(nn.Module):
         return self.head(hidden * self.scale.to(hidden.dtype))
 
 
-def mixers(words: int = 512, width: int = 64, layers: int = 3) -> Mixers:
-    return Mixers(words, width, layers)
+def mixers(words: int = 512, width: int = 64, layers: int = 3, dropout: float = 0.1) -> Mixers:
+    return Mixers(words, width, layers, dropout)
 
 
 def no_blocks() -> nn.Module:

@@ -35,7 +35,9 @@ def run(*command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
 
-def torchrun(world_size: int, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    world_size: int, *arguments: str, timeout: float = 600, paths: str = ""
+) -> subprocess.CompletedProcess[str]:
     """As `torchrun --nproc_per_node=N …` would end, several at once; warm (see there)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -44,6 +46,7 @@ def torchrun(world_size: int, *arguments: str, timeout: float = 600) -> subproce
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "GROUP_RANK": "0",
+        **({"PYTHONPATH": f"{ROOT}:{paths}"} if paths else {}),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }

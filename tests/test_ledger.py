@@ -7,7 +7,7 @@ from processes import SPECS, python
 
 from benchmarks.ledger import BACKENDS, MEDIAN, PART, STEPS_3, WORST, compare, draw, summary
 
-CHECKED = ("single", "fsdp", "hsdp", "zero1", "zero2-small", "zero3", "zero2-offload", "fsdp-offload")
+CHECKED = ("single", "fsdp", "zero2-small", "zero3", "zero2-offload")
 """Of the backends there, one configuration each."""
 
 

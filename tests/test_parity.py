@@ -16,7 +16,8 @@ def words(kind, objective, file):
 SFT, DPO = words("chat", "sft", "chat.jsonl"), (*words("preference", "dpo", "pairs.jsonl"), "optimizer.lr=0.0003")
 """Made here: see `write_words`."""
 GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
-    "GPT, accumulation 4": ("gpt-parity", "4", "single,fsdp,hsdp,zero2,zero3", ()),
+    "GPT, accumulation 4": ("gpt-parity", "2", "single,fsdp,hsdp,zero2,zero3", ()),
+    "GPT, 4 ranks, the others": ("gpt-parity", "4", "single,fsdp,hsdp,zero2,zero3", ()),
     "GPT, accumulation 4, the others": ("gpt-parity", "4", "single,ddp,zero1,zero2-offload", ()),
     "Llama, accumulation 1": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", ()),
     "bf16": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3,zero2-offload", ("precision=bf16",)),

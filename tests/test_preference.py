@@ -42,7 +42,7 @@ def spec_of(folder: Path, **changes) -> Spec:
         "model": {**TINY_MODEL, "vocab_size": 256, "max_position_embeddings": 96},
         "objective": {"kind": "dpo"},
         "data": section(folder).model_dump(),
-        "batch": {"global_batch_size": 4},
+        "batch": {"global_batch_size": 4, "micro_batch_size": 4},
         "optimizer": {"lr": 1e-2},
         "precision": "fp32",
         "backend": {"kind": "single"},

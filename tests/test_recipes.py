@@ -23,7 +23,7 @@ def words(folder, data):
     if data.kind == "text":
         return [f"data.train={json.dumps([str(ROOT / 'scaling' / '*.py')])}"]
     path = folder / f"{data.kind}.jsonl"
-    answers = [{"prompt": f"{n}?", "chosen": "Yes. " * (n % 7 + 1), "rejected": "No."} for n in range(200)]
+    answers = [{"prompt": f"{n}?", "chosen": "Yes. " * (n % 7 + 1), "rejected": "No."} for n in range(40)]
     chats = [{"instruction": pair["prompt"], "response": pair["chosen"]} for pair in answers]
     path.write_text("\n".join(map(json.dumps, answers if data.kind == "preference" else chats)))
     return [f"data.train={json.dumps([str(path)])}"]

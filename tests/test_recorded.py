@@ -283,7 +283,10 @@ PLAN = ("--spec", "spec.json", "--gpus", "4xH100-80GB")
         (["model.inventory=absent.json"], "there is none; run that"),
         (["model.inventory=spec.json"], "it is no such file"),
         (['lora={"rank": 4}'], '`lora` must be null for a model of kind "factory"'),
-        (["objective.kind=behaviour_cloning"], '`objective.kind` must be "causal_lm" for a model of kind "factory"'),
+        (
+            ["objective.kind=behaviour_cloning"],
+            '`objective.kind` must be "causal_lm" or "sft" for a model of kind "factory"',
+        ),
     ],
 )
 def test_what_does_not_go_with_the_file_is_refused(recorded, change, message):
@@ -320,13 +323,6 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
     spec_file(tmp_path, {"kind": "huggingface", "path": "absent"})
     told = refusal(tmp_path, "spec.json", module="scaling.inventory")
     assert "`model.path` must be a folder whose config.json" in told
-
-
-def test_training_is_refused_for_now(recorded):
-    folder = recorded("own")
-    done = command("scaling.train", "--spec", "spec.json", "--allow-import", "own_models", folder=folder)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert '`model.kind` must be "decoder" or "vla" to be trained' in done.stderr
 
 
 def test_what_a_factory_is_given_is_not_in_the_file(recorded, monkeypatch):

@@ -35,7 +35,7 @@ def rehearse(tmp_path, world_size, assignments, spec="gpt-parity", steps=2):
     return json.loads(out.read_text()), done.stdout
 
 
-LONG = ("fsdp-keep", "zero2")
+LONG = ("fsdp-keep", "zero1", "zero2")
 
 
 @pytest.mark.parametrize(

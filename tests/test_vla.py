@@ -404,6 +404,7 @@ def test_it_learns_and_what_is_frozen_stays_to_the_bit(tmp_path: Any) -> None:
             assert not torch.equal(value.flatten(), start), name
 
 
+@pytest.mark.long
 def test_a_run_moves_between_backends(tmp_path: Any) -> None:
     """Two ranks of FSDP2, then two of ZeRO-3, then one process: the curve of one that nothing disturbed."""
     spec = str(SPECS / "vla-parity.json")

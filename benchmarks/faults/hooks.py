@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import importlib
 import io
 import math
 import os
@@ -210,7 +211,8 @@ def _limit_address_space(more: int) -> None:
     real = train.run
 
     def call(*arguments: Any, **settings: Any) -> Any:
-        import torch._dynamo  # noqa: F401 - torch's optimizers do; it takes addresses that tensors are to have
+        for name in ("torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "scaling.loop"):
+            importlib.import_module(name)  # as training does by and by, with addresses that tensors are to have
 
         with open("/proc/self/statm", encoding="ascii") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()

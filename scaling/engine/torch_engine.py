@@ -63,6 +63,7 @@ def build_fsdp(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups
     offload = rendered["cpu_offload"]
     model.to_empty(device="cpu" if offload else process.device)
     _fill(model, recipe)
+    _fill_buffers(model, recipe)
     return TorchEngine(model, spec, rendered, groups, process, shard_group=mesh["dp_shard"].get_group())
 
 
@@ -260,6 +261,16 @@ def _fill(model: nn.Module, recipe: ModelRecipe) -> None:
             parameter.to_local().copy_(cut.to_local())
         else:
             parameter.copy_(value)
+
+
+@torch.no_grad()
+def _fill_buffers(model: nn.Module, recipe: ModelRecipe) -> None:
+    """What a module on the meta device could not compute: tables of angles, say."""
+    buffers = dict(model.named_buffers())
+    values = recipe.buffers() if buffers else {}
+    for name, buffer in buffers.items():
+        if canonical_name(name) in values:  # in a rehearsal there are none
+            buffer.copy_(values[canonical_name(name)])
 
 
 def _local_shard(parameter: nn.Parameter) -> nn.Parameter:

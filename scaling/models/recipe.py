@@ -1,7 +1,7 @@
 """What a backend needs to build a model: how to construct it, what its weights start from, what its blocks are."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ class ModelRecipe:
     """Paths of the repeated blocks: wrapped, checkpointed and compiled one by one."""
     seed: int
     """Of the initial weights."""
+    buffers: Callable[[], Mapping[str, Tensor]] = dict
+    """Values of the buffers by canonical name, on the host: for who builds the module on a device without values."""
 
     def initial_value(self, name: str, shape: torch.Size) -> Tensor:
         """The whole fp32 tensor that parameter `name` starts from: a pure function of the seed, the name and the shape.

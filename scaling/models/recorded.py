@@ -1,6 +1,7 @@
 """Modules of the user's own and of transformers: how to build them, and which of their parts are the blocks."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from scaling.errors import UserError
 from scaling.imports import call_target
+from scaling.models.initial import InitialValues
 from scaling.models.recipe import ModelRecipe, canonical_name
 from scaling.spec.sections import FactoryModel, HuggingFace, Recorded
 
@@ -15,17 +17,26 @@ BLOCKS_SHARE = 0.05
 """Of all elements, what a list of alike modules must have for them to be blocks."""
 
 
-def recorded_recipe(model: Recorded, blocks: Sequence[str], seed: int, allow_import: Sequence[str]) -> ModelRecipe:
-    """How to build `model`, whose blocks have these paths. It is not trained yet: values are left as they are."""
-    return ModelRecipe(lambda: build(model, allow_import), _leave, tuple(blocks), seed)
+def recorded_recipe(
+    model: Recorded, blocks: Sequence[str], seed: int, allow_import: Sequence[str], *, filled: bool = False
+) -> ModelRecipe:
+    """How to build `model`, whose blocks have these paths. Unless `filled` values are left as they are: neither memory
+    nor speed depends on them, and to have them takes all of the model's memory on the host, or its files."""
+    if not filled:
+        return ModelRecipe(lambda: build(model, allow_import), _leave, tuple(blocks), seed)
+    values = InitialValues(model, lambda filled: build(model, allow_import, filled=filled), seed)
+    return ModelRecipe(lambda: build(model, allow_import), values.fill, tuple(blocks), seed, values.buffers)
 
 
 def _leave(name: str, value: Tensor, generator: torch.Generator) -> None:
-    """Memory and speed do not depend on values."""
+    """As it is."""
 
 
-def build(model: Recorded, allow_import: Sequence[str]) -> nn.Module:
-    """The module, on the device that is torch's default. UserError where it cannot be built."""
+def build(model: Recorded, allow_import: Sequence[str], *, filled: bool = False) -> nn.Module:
+    """The module, on the device that is torch's default. UserError where it cannot be built.
+
+    transformers' models have initial values only where `filled`; other code gives them in any case.
+    """
     match model:
         case FactoryModel():
             found = call_target(model.target, model.arguments, allow_import, "model")
@@ -36,10 +47,10 @@ def build(model: Recorded, allow_import: Sequence[str]) -> nn.Module:
                 )
             return found
         case HuggingFace():
-            return _causal_lm(model.path)
+            return _causal_lm(model.path, filled=filled)
 
 
-def _causal_lm(path: str) -> nn.Module:
+def _causal_lm(path: str, *, filled: bool) -> nn.Module:
     """From its config.json alone, by code that transformers has itself."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -54,7 +65,7 @@ def _causal_lm(path: str) -> nn.Module:
     try:
         config: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         config.use_cache = False  # of generation
-        with no_init_weights():  # which would look into what ZeRO-3 has cut already
+        with nullcontext() if filled else no_init_weights():  # which would look into what ZeRO-3 has cut already
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.get_default_dtype())
         model.tie_weights()
         return model

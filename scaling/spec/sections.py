@@ -224,7 +224,7 @@ Target = Annotated[str, Field(max_length=500, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_
 
 class FactoryModel(Section):
     """A module of your own: the function `target`, called with `arguments`, returns it. Its package must be allowed on
-    the command line (--allow-import). It can be planned and rehearsed, and not trained yet."""
+    the command line (--allow-import). Its initial values are those that its code gives it after torch.manual_seed."""
 
     kind: Literal["factory"]
     target: Target
@@ -241,8 +241,8 @@ class FactoryModel(Section):
 
 
 class HuggingFace(Section):
-    """A causal language model by the transformers library, of any of its architectures whose code it has itself. It can
-    be planned and rehearsed, and not trained yet."""
+    """A causal language model by the transformers library, of any of its architectures whose code it has itself. It
+    starts from the safetensors in its folder, or where there are none from transformers' initial values."""
 
     kind: Literal["huggingface"]
     path: Text
@@ -968,9 +968,9 @@ class Spec(Section):
 
     def _model_and_objective(self) -> Iterator[str]:
         model, objective = self.model, self.objective
-        wanted = ("behaviour_cloning",) if isinstance(model, Vla) else ("causal_lm",)
+        wanted = ("behaviour_cloning",) if isinstance(model, Vla) else ("causal_lm", "sft")
         if isinstance(model, Decoder):
-            wanted += ("sft", "dpo")
+            wanted += ("dpo",)
         if not isinstance(objective, Factory) and objective.kind not in wanted:
             *most, last = [f'"{kind}"' for kind in wanted]
             either = f"{', '.join(most)} or {last}" if most else last
