@@ -110,6 +110,11 @@ def domain(browser: webdriver.Chrome) -> list[float] | None:
     return browser.execute_script("return view.domain")
 
 
+def test_an_axis_that_begins_just_below_nothing_says_nothing(browser, pages):
+    show(browser, pages["full"])
+    assert browser.execute_script("return steps(-0.6, 200, 4).map((tick) => Object.is(tick, -0))") == [False] * 5
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_loads_nothing_and_complains_of_nothing(browser, pages, page):
     show(browser, pages[page])

@@ -64,7 +64,7 @@ function steps(low, high, count, nice = [1, 2, 2.5, 5, 10]) {
   const rough = (high - low) / Math.max(1, count), power = 10 ** Math.floor(Math.log10(rough));
   const step = nice.map((n) => n * power).find((n) => n >= rough * 0.999) || 10 * power;
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step + 0);  // -0 becomes 0
   return found;
 }
 function timeTicks(low, high, count) {
