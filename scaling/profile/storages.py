@@ -1,6 +1,7 @@
 """The memory behind a tensor, also where the tensor is made of others (a DTensor, a quantised weight).
 
-torch.distributed._tools.common_utils has the like of it, but brings torch's compiler with it: 2.5 s at every start.
+torch.distributed._tools.common_utils has the like of it, but brings trackers and torch's compiler with it, which takes
+seconds and memory where memory has just run out.
 """
 
 from collections.abc import Iterator
