@@ -41,7 +41,11 @@ def with_reference(
     path = None if folder is None else folder / f"reference-{part}.npy"
     if not begins:
         assert path is not None
-        return dataset.with_reference(_read(path, len(dataset)))
+        try:
+            return dataset.with_reference(_read(path, len(dataset)))
+        except CheckpointError as error:
+            error.shared = True  # every rank reads the same file
+            raise
     found = _ask(dataset, engine, process, heartbeat, micro_batch)
     if path is not None:
         process.on_main(lambda: _write(path, found))
@@ -88,6 +92,6 @@ def _read(path: Path, samples: int) -> torch.Tensor:
         ) from error
     if found.shape != (samples, 2) or found.dtype != np.float32:
         raise CheckpointError(
-            f"{path} must be of {samples:,} pairs, but is of {len(found):,}; begin anew in another run folder"
+            f"{path} must be of {samples:,} pairs, but is of shape {found.shape}; begin anew in another run folder"
         )
     return torch.from_numpy(found)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from scaling.data.conversations import Said, messages_of, pieces
 from scaling.data.dataset import MicroBatch, PackedBatch
 from scaling.data.docstrings import docstring_lines
 from scaling.data.files import digest_of, is_standard_library, matching_files, refuse_shared_files
-from scaling.data.lines import Line, Malformed, read_lines, refusal, tell_left_out
+from scaling.data.lines import Line, read_each, read_lines, tell_left_out
 from scaling.data.packing import pack
 from scaling.data.progress import progress_in_bytes
 from scaling.data.tokenizer import Tokenizer, open_tokenizer
@@ -31,6 +31,8 @@ _FORMAT = "scaling conversations 1"
 """Part of every key: to be raised when the same lines come to be tokenised otherwise."""
 _AT_A_TIME = 1024
 """Conversations tokenised at a time: enough to occupy all threads of the tokenizers library."""
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -131,19 +133,30 @@ def open_chat_data(data: ChatData, vocab_size: int, *, spoken_only: bool) -> tup
         rows = _rows(store, chosen, data, field, spoken_only=spoken_only)
         return ChatDataset(store, rows, data.sequence_length, spoken_only, data.packing, tokenizer.end or 0)
 
-    train_paths = jsonl_files(data.train, "data.train")
-    train = open_conversations(train_paths, "data.train", data, tokenizer, _said_in)
+    return train_and_validation(data, tokenizer, _said_in, dataset, "conversations")
+
+
+def train_and_validation(
+    data: ChatData | PreferenceData,
+    tokenizer: Tokenizer,
+    said_in: Callable[[Any], Sequence[Said]],
+    dataset: Callable[[Conversations, np.ndarray, str], T],
+    what: str,
+    *,
+    each: int = 1,
+) -> tuple[T, T | None]:
+    """`dataset(conversations, numbers of the samples, field)` of both parts; a sample is `each` conversations in turn,
+    and is held out by the first of them."""
+    paths = jsonl_files(data.train, "data.train")
+    train = open_conversations(paths, "data.train", data, tokenizer, said_in)
     if isinstance(data.validation, list):
-        paths = jsonl_files(data.validation, "data.validation")
-        refuse_shared_files(train_paths, paths)
-        held_out = open_conversations(paths, "data.validation", data, tokenizer, _said_in)
-        chosen = np.arange(len(held_out))
-        return dataset(train, np.arange(len(train)), "data.train"), dataset(held_out, chosen, "data.validation")
-    stays, held = split_by_hash(train.hashes(), data.validation, "conversations")
-    return (
-        dataset(train, stays, "data.train"),
-        dataset(train, held, "data.validation") if len(held) else None,
-    )
+        others = jsonl_files(data.validation, "data.validation")
+        refuse_shared_files(paths, others)
+        held_out = open_conversations(others, "data.validation", data, tokenizer, said_in)
+        chosen = np.arange(len(held_out) // each)
+        return dataset(train, np.arange(len(train) // each), "data.train"), dataset(held_out, chosen, "data.validation")
+    stays, held = split_by_hash(train.hashes()[::each], data.validation, what)
+    return dataset(train, stays, "data.train"), dataset(train, held, "data.validation") if len(held) else None
 
 
 def tokenizer_of(data: ChatData | PreferenceData, vocab_size: int) -> Tokenizer:
@@ -220,15 +233,14 @@ def _all_said(
     counts: TokenCounts,
     advance: Callable[[int], None],
 ) -> Iterator[Said]:
-    for line in lines:
-        advance(line.size_bytes)
-        counts.bytes += line.size_bytes
-        try:
-            yield from said_in(line.value)
-        except Malformed as error:
-            if data.malformed == "refuse":
-                raise refusal(line, error) from error
-            counts.left_out += 1
+    def seen() -> Iterator[Line]:
+        for line in lines:
+            advance(line.size_bytes)
+            counts.bytes += line.size_bytes
+            yield line
+
+    for said in read_each(seen(), said_in, data.malformed, counts):
+        yield from said
 
 
 def _lines(files: Sequence[tuple[Path, str, int]], *, pairs: bool) -> Iterator[Line]:

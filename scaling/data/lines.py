@@ -3,15 +3,17 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from scaling.data.cache import TokenCounts
 from scaling.data.files import changed, unreadable
 from scaling.errors import UserError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Malformed(ValueError):
@@ -45,9 +47,18 @@ def read_lines(path: Path, digest: str) -> Iterator[Line]:
         raise changed(path)
 
 
-def refusal(line: Line, why: Malformed) -> UserError:
-    """What to raise for a line that is not what it must be."""
-    return UserError(f'{line.path}:{line.number}: {why}; correct the line, or set `data.malformed` to "skip"')
+def read_each(lines: Iterable[Line], read: Callable[[Any], T], malformed: str, counts: TokenCounts) -> Iterator[T]:
+    """What `read` makes of each line's object. One that is Malformed is a UserError where that is to be refused, and
+    else counted as left out."""
+    for line in lines:
+        try:
+            yield read(line.value)
+        except Malformed as why:
+            if malformed == "refuse":
+                raise UserError(
+                    f'{line.path}:{line.number}: {why}; correct the line, or set `data.malformed` to "skip"'
+                ) from why
+            counts.left_out += 1
 
 
 def tell_left_out(count: int, field: str) -> None:

@@ -7,17 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from scaling.data.chat import (
-    Conversations,
-    jsonl_files,
-    open_conversations,
-    split_by_hash,
-    tokenizer_of,
-    usable,
-)
+from scaling.data.chat import Conversations, tokenizer_of, train_and_validation, usable
 from scaling.data.conversations import Message, Said, checked, listed_messages
 from scaling.data.dataset import PairBatch
-from scaling.data.files import refuse_shared_files
 from scaling.data.lines import Malformed, kind_of
 from scaling.records import IGNORED
 from scaling.spec.sections import PreferenceData
@@ -79,20 +71,7 @@ def open_preference_data(data: PreferenceData, vocab_size: int) -> tuple[Prefere
         kept = chosen[usable(longest, spoken[chosen], data, field, "pairs")]
         return PreferenceDataset(store, kept, data.sequence_length, tokenizer.end or 0)
 
-    train_paths = jsonl_files(data.train, "data.train")
-    train = open_conversations(train_paths, "data.train", data, tokenizer, pair_of)
-    everything = np.arange(len(train) // 2)
-    if isinstance(data.validation, list):
-        paths = jsonl_files(data.validation, "data.validation")
-        refuse_shared_files(train_paths, paths)
-        held_out = open_conversations(paths, "data.validation", data, tokenizer, pair_of)
-        return (
-            dataset(train, everything, "data.train"),
-            dataset(held_out, np.arange(len(held_out) // 2), "data.validation"),
-        )
-    # By the chosen one alone: pairs that share it stay on one side.
-    stays, held = split_by_hash(train.hashes()[::2], data.validation, "pairs")
-    return dataset(train, stays, "data.train"), dataset(train, held, "data.validation") if len(held) else None
+    return train_and_validation(data, tokenizer, pair_of, dataset, "pairs", each=2)
 
 
 def pair_of(record: Any) -> list[Said]:

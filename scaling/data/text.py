@@ -17,7 +17,7 @@ from scaling.data.files import (
     refuse_shared_files,
     unreadable,
 )
-from scaling.data.lines import Malformed, read_lines, refusal, tell_left_out, text_of
+from scaling.data.lines import read_each, read_lines, tell_left_out, text_of
 from scaling.data.progress import progress_in_bytes
 from scaling.data.tokenizer import Tokenizer, open_tokenizer
 from scaling.data.windows import TokenFile, TokenStream, WindowDataset, hold_out_tail, refuse_too_small
@@ -141,13 +141,8 @@ def _batches(documents: Sequence[_Document], data: TextData, counts: TokenCounts
 
 def _lines_of(document: _Document, data: TextData, counts: TokenCounts) -> Iterator[str]:
     """The `text` of each line of a .jsonl file, as MiniMind's pretraining data have it."""
-    for line in read_lines(document.path, document.digest):
-        try:
-            yield text_of(line.value, "text")
-        except Malformed as error:
-            if data.malformed == "refuse":
-                raise refusal(line, error) from error
-            counts.left_out += 1
+    lines = read_lines(document.path, document.digest)
+    return read_each(lines, lambda record: text_of(record, "text"), data.malformed, counts)
 
 
 def _read(document: _Document) -> list[str]:

@@ -53,18 +53,21 @@ class InitialValues:
         return Path(self._model.path)
 
     @cached_property
+    def _has_files(self) -> bool:
+        return isinstance(self._model, HuggingFace) and any((self._folder / n).is_file() for n in (INDEX, WHOLE))
+
+    @cached_property
     def _files(self) -> "_Files | None":
-        if not isinstance(self._model, HuggingFace) or not any((self._folder / n).is_file() for n in (INDEX, WHOLE)):
+        if not self._has_files:
             return None
         logger.info(f"weights from {self._folder}")
         return _Files(self._folder, _aliases(self._module))
 
     @cached_property
     def _module(self) -> nn.Module:
-        files = isinstance(self._model, HuggingFace) and any((self._folder / n).is_file() for n in (INDEX, WHOLE))
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(self._seed)
-            return self._build(not files)
+            return self._build(not self._has_files)
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
