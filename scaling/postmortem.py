@@ -38,9 +38,9 @@ from scaling.watch.exhausted import COPY, REST, Exhausted
 SCHEMA_VERSION = 1
 GPU_SPARE = FRAGMENTS_HIGH / FRAGMENTS - 1
 """Share of a card that a suggestion leaves free, beyond what is predicted to be reserved: the planner's own band."""
-HOST_SPARE = 0.35
-"""The same of host memory. Engineering judgement: blocks of some MiB, freed out of order, leave holes in the C
-library's heap; 156 MiB of tensors were seen not to fit where 236 MiB had been held."""
+HOLES = 1.2
+"""Host memory that is lost beside each byte of activations. Engineering judgement: blocks of some MiB, freed out of
+order, leave holes in the C library's heap; where the first step had 226 MiB for tensors, the second had 98 MiB."""
 _FIXED = ("parameters", "gradients", "optimizer")
 """Categories that are counted by themselves; all others are counted together."""
 _WORDS = {"parameters": "parameters", "gradients": "gradients", "optimizer": "optimizer states", REST: REST}
@@ -191,13 +191,13 @@ def suggestions(case: Case, estimate: dict[str, Any]) -> list[dict[str, Any]]:
     """
     predicted = estimate["memory"]
     needed, factor, room = _needs(case, predicted), _factor(case, predicted), _capacity(case, predicted)
-    room *= 1 - (GPU_SPARE if case.on_gpu else HOST_SPARE)
+    room *= 1 - GPU_SPARE if case.on_gpu else 1
     best: dict[int, _Option] = {}
     with suppress(UserError):  # where nothing can be estimated there is nothing to suggest
         for option in _options(case):
-            need = _needs(case, memory_report(option.memory))
-            tier = _tier(option.changes)
-            if need < needed and factor * need <= room and _fits_device(case, option):
+            memory, tier = memory_report(option.memory), _tier(option.changes)
+            need = _needs(case, memory)
+            if need < needed and factor * need + _holes(case, memory) <= room and _fits_device(case, option):
                 best[tier] = min(best.get(tier, option), option, key=lambda one: _preference(one, case))
     speed = at(estimate, "time", "tokens_per_second_per_gpu")
     kept: list[_Option] = []
@@ -212,6 +212,13 @@ def _needs(case: Case, memory: dict[str, Any]) -> int:
     if not case.on_gpu:
         return memory["peak_allocated_bytes"] + _copy(case, memory)
     return memory["host_bytes"] + memory["staging_bytes"] if case.of_host else memory["peak_reserved_bytes"]
+
+
+def _holes(case: Case, memory: dict[str, Any]) -> float:
+    """Bytes of the host's memory that nothing can have: what stays for the whole run leaves no holes."""
+    if case.on_gpu:
+        return 0.0
+    return HOLES * sum(size for name, size in memory["parts"].items() if name not in _FIXED)
 
 
 def _copy(case: Case, memory: dict[str, Any]) -> int:
