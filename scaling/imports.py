@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from scaling.errors import UserError
@@ -20,6 +21,17 @@ def allowed_package(text: str) -> str:
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", text) or len(text) > 200:
         raise argparse.ArgumentTypeError(f"must be a package such as my_code or my_code.losses, but is {text[:60]!r}")
     return text
+
+
+GIVEN = "scaling_given"
+"""Package of what a program hands over itself: nothing is imported for it."""
+
+
+def give(**objects: Any) -> None:
+    """Let specs name these objects, as "scaling_given:NAME", in this process."""
+    module = ModuleType(GIVEN)
+    module.__dict__.update(objects)
+    sys.modules[GIVEN] = module
 
 
 def add_allow_import(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +71,8 @@ def import_target(target: str, allowed: Sequence[str], field: str = "target") ->
     """
     check_allowed(target, allowed, field)
     name, _, attribute = target.partition(":")
-    logger.info(f"importing {name} for {target}, which --allow-import permits")
+    if name != GIVEN:
+        logger.info(f"importing {name} for {target}, which --allow-import permits")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
     try:

@@ -303,6 +303,7 @@ def _made_up(spec: Spec, count: int) -> "Samples":
     model, length = spec.model, spec.data.sequence_length
     if not isinstance(model, Vla):
         words = model.vocab_size if isinstance(model, Decoder) else inventory_of(model).vocab_size
+        assert words is not None, "an inventory file says it"
         made_up = made_up_tokens(words, count * sequences(spec), length)
         if sequences(spec) > 1:
             pairs = made_up.each(lambda tokens: tokens.view(count, 2, length))

@@ -16,14 +16,14 @@ from scaling.estimate.flops import train_flops_per_token
 from scaling.groups import Group, resolve_groups
 from scaling.hardware import gemm_ceiling, gpu_from_device_name
 from scaling.imports import check_allowed
-from scaling.inventory import attended_length, parameters
+from scaling.inventory import attended_length, inventory_of, parameters
 from scaling.records import BatchPlan, Progress, ValidationRecord
 from scaling.redact import redacted, redacted_json
 from scaling.render import render
 from scaling.run_folder import CHECKPOINTS, MEMORY, METRICS, SNAPSHOTS, count_start, versions
 from scaling.schedule import check_schedule, lr_scale
 from scaling.spec import Spec
-from scaling.spec.sections import DPO, Factory, FactoryModel, Recorded
+from scaling.spec.sections import DPO, Factory, FactoryData, FactoryModel, Recorded
 from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
@@ -68,8 +68,8 @@ class Resume:
 
 def resolve(spec: Spec, world_size: int, allow_import: Sequence[str] = ()) -> Job:
     """Everything that follows from a spec and a number of ranks alone. Raises UserError; needs no torch."""
-    for section, part in (("model", spec.model), ("objective", spec.objective)):
-        if isinstance(part, FactoryModel | Factory):
+    for section, part in (("model", spec.model), ("objective", spec.objective), ("data", spec.data)):
+        if isinstance(part, FactoryModel | Factory | FactoryData):
             check_allowed(part.target, allow_import, f"{section}.target")
     plan = resolve_batch(spec, world_size)
     scale = lr_scale(spec.lr_scaling, world_size=world_size, global_batch=plan.global_batch)
@@ -101,11 +101,14 @@ def run(
     from scaling.profile.stock import taking_stock
 
     sticks = yardsticks(job, process)
-    objective = build_objective(spec.objective, job.allow_import, from_logits=isinstance(spec.model, Recorded))
-    dataset, held_out = build_datasets(spec)
+    dataset, held_out = build_datasets(spec, job.allow_import)
+    own = isinstance(spec.data, FactoryData) and not getattr(dataset, "is_text", False)
+    objective = build_objective(
+        spec.objective, job.allow_import, from_logits=isinstance(spec.model, Recorded), by_sample=own
+    )
     max_steps = _number_of_steps(spec, job.plan, len(dataset))
     last_step = min(stop_after or max_steps, max_steps)
-    identity = _identity(job, process, dataset.fingerprint)
+    identity = _identity(job, process, dataset.fingerprint, getattr(dataset, "facts", None))
     start = None if resume is None else _starting_point(job, process, resume, identity)
     weights = _initial_weights(spec, process) if start is None else None
     with taking_stock("build", process.device):  # the recipe may hold a whole model: it is kept nowhere
@@ -374,8 +377,11 @@ def _observers(
 # ---------------------------------------------------------------- checkpoints
 
 
-def _identity(job: Job, process: "Process", data: str) -> dict[str, Any]:
-    """What a checkpoint says of the job that it is of; `compare` looks at two of them."""
+def _identity(job: Job, process: "Process", data: str, data_facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a checkpoint says of the job that it is of; `compare` looks at two of them.
+
+    `data`: the fingerprint of the samples; `data_facts`: what whoever uses the model must know of them.
+    """
     import torch
 
     return {
@@ -386,6 +392,7 @@ def _identity(job: Job, process: "Process", data: str) -> dict[str, Any]:
         "sequence_length": job.plan.sequence_length,
         "seed": job.spec.seed,
         "data": data,
+        "data_facts": data_facts,
         "world_size": process.world_size,
         "backend": job.spec.backend.kind,
         "threads": torch.get_num_threads(),
@@ -509,7 +516,9 @@ def yardsticks(job: Job, process: "Process") -> "Yardsticks":
     return Yardsticks(_flops_per_token(job), _peak_flops(job.spec, process), measured)
 
 
-def _flops_per_token(job: Job) -> float:
+def _flops_per_token(job: Job) -> float | None:
+    if isinstance(job.spec.model, Recorded) and inventory_of(job.spec.model).ledger is None:
+        return None
     frozen = {name for group in job.groups if group.frozen for name in group.names}
     return train_flops_per_token(job.spec.model, attended_length(job.spec), frozen, job.spec.lora)
 

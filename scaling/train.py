@@ -1,12 +1,13 @@
 """Train what a spec says: the entry point under any launcher."""
 
+import json
 import logging
 import os
 import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -25,13 +26,16 @@ from scaling.errors import (
     run_command,
 )
 from scaling.groups import empty_groups
-from scaling.imports import add_allow_import
-from scaling.inventory import sequences
+from scaling.imports import GIVEN, add_allow_import, check_allowed, give
+from scaling.inventory import inventory_of, sequences
 from scaling.profile.sinks import check_tracking
 from scaling.redact import redacted
-from scaling.run import Job, Resume, device_name, resolve, run
+from scaling.run import Job, Resume, device_name, resolve
+from scaling.run import run as run_job
 from scaling.run_folder import OOM, LogFormatter, RunLock, environment, log_to, open_run_folder, write_exit, write_json
-from scaling.spec import Spec, load_spec
+from scaling.spec import Spec, load_spec, parse_spec, read_document
+from scaling.spec.document import assign, document_of
+from scaling.spec.sections import FactoryModel, Recorded
 from scaling.units import format_bytes, format_seconds
 from scaling.view import as_text, batch_line, groups_table
 from scaling.watch.exhausted import Exhausted, is_exhausted, message_of
@@ -41,6 +45,8 @@ from scaling.watch.signals import StopRequest, die_with_parent
 from scaling.watch.watch import Watch
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
+    from torch import Tensor, nn
+
     from scaling.engine.process import Process
     from scaling.profile.sinks import Sink
 
@@ -49,9 +55,60 @@ logger = logging.getLogger("scaling")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of launch/train.py; returns the exit code."""
+    return _launch(arguments, lambda options: load_spec(options.spec, options.set))
+
+
+def run(
+    spec: str | Path | Mapping[str, Any],
+    *,
+    model: "Callable[[], nn.Module] | None" = None,
+    dataset: Any = None,
+    validation: Any = None,
+    loss: "Callable[[nn.Module, Any], Tensor] | None" = None,
+    arguments: Sequence[str] = (),
+) -> int:
+    """Train a module, a data set and a loss of your own: what launch/train.py does, called by a program of yours.
+
+    The program runs under any launcher, on every rank alike. `spec` (a path, a recipe's name or a dict) says the rest;
+    what is given here takes the place of its sections.
+
+    model: a class or function that returns the module; each backend calls it in its own place, ZeRO-3 more than once.
+    dataset, validation: with `__len__` and `__getitem__`, as torch.utils.data.Dataset; items are collated as torch's
+        DataLoader does it. Items {"inputs", "targets"} of token ids are text, for which `loss` may be left out.
+    loss: of (module, collated items) the loss of each sample, [micro_batch], not averaged; of text the sum over the
+        target tokens. What divides it, over all ranks and micro-batches, is the loop's matter.
+    arguments: options of launch/train.py: "--run-dir", "runs/mine".
+
+    Returns the exit code, for `sys.exit`. A user's mistakes are told on standard error.
+    """
+    given = {"model": model, "data": dataset, "objective": loss}
+
+    def load(options: Namespace) -> Spec:
+        if hasattr(model, "named_parameters") and not isinstance(model, type):
+            raise UserError(
+                "`model` must be a class or function that returns the module, but is a module; pass what makes it"
+            )
+        named = isinstance(spec, str | Path)
+        document = read_document(str(spec)) if named else document_of("spec", json.dumps(spec))
+        for section in (name for name, part in given.items() if part is not None):
+            assign(document, f'{section}={{"kind":"factory","target":"{GIVEN}:{section}"}}')
+        for assignment in options.set:
+            assign(document, assignment)
+        return parse_spec(document)
+
+    give(
+        model=model,
+        data=lambda: dataset if validation is None else (dataset, validation),
+        objective=lambda: loss,
+    )
+    return _launch(["--spec", str(GIVEN), "--allow-import", GIVEN, *arguments], load)
+
+
+def _launch(arguments: Sequence[str] | None, load: Callable[[Namespace], Spec]) -> int:
     try:
         options = _parser().parse_args(arguments)
-        spec, world_size = load_spec(options.spec, options.set), _announced("WORLD_SIZE", 1)
+        spec, world_size = load(options), _announced("WORLD_SIZE", 1)
+        _look_at(spec, options.allow_import)
         job = resolve(_with_numbers(spec, world_size), world_size, options.allow_import)
         check_tracking(spec)
     except UserError as error:
@@ -59,6 +116,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
         return error.code
     return _train(job, options, spec)
+
+
+def _look_at(spec: Spec, allow_import: Sequence[str]) -> None:
+    """Find out what a module is made of that no inventory file describes."""
+    model = spec.model
+    if not isinstance(model, Recorded) or model.inventory is not None:
+        return
+    if isinstance(model, FactoryModel):
+        check_allowed(model.target, allow_import, "model.target")
+    from scaling.models.recorded import take_inventory
+
+    take_inventory(model, allow_import)
 
 
 def _with_numbers(spec: Spec, world_size: int) -> Spec:
@@ -172,14 +241,14 @@ def _run_guarded(
     watch: Watch,
     stop: StopRequest,
 ) -> int:
-    """`run`, with an exhausted memory and the death of another rank told as the user's matter."""
+    """`run_job`, with an exhausted memory and the death of another rank told as the user's matter."""
     from scaling.profile.sinks import build_sinks
 
     sinks: list[Sink] = []
     if process.is_main and folder is not None:
         sinks = build_sinks(job.spec, folder, predicted, plain=options.plain)
     with _telling_of_memory(lambda: job, process, folder, watch):
-        return run(
+        return run_job(
             job,
             process,
             sinks,
@@ -368,6 +437,10 @@ def _write_job(folder: Path, job: Job, predicted: dict[str, Any]) -> None:
 
 
 def _predicted(job: Job, process: "Process") -> dict[str, Any]:
+    """plan.json; empty where nothing is known of what a step does."""
+    model = job.spec.model
+    if isinstance(model, Recorded) and inventory_of(model).ledger is None:
+        return {}
     from scaling.estimate.report import run_report
 
     per_node = _announced("LOCAL_WORLD_SIZE", process.world_size)
@@ -383,6 +456,8 @@ def _show(job: Job, process: "Process", predicted: dict[str, Any]) -> None:
     for name in empty_groups(spec.param_groups, job.groups):
         logger.info(f"group {name!r} is empty: earlier rules took all that it matches; dropped")
     logger.info(as_text(groups_table(job.groups)).rstrip())
+    if not predicted:
+        return
     memory, duration = predicted["memory"], predicted["time"]
     peak = (
         f"predicted: {format_bytes(memory['peak_allocated_bytes'])} of tensors at the peak, in {memory['peak_phase']}"

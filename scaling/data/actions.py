@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from scaling.data.dataset import ActionBatch
-from scaling.data.hashing import derive, derive_each
+from scaling.data.hashing import derive, derive_each, uniform
 from scaling.inventory import CHANNELS
 from scaling.spec.sections import Vla
 
@@ -51,8 +51,8 @@ class SyntheticActions:
         action = self.model.action
         keys = derive_each(derive(self.seed, self.stream), indices.astype(np.uint64))
         tasks = (derive_each(1, keys) % np.uint64(_TASKS)).astype(np.int64)
-        states = 2 * _uniform(derive_each(2, keys), action.state_dim) - 1
-        colours = _uniform(derive_each(3, keys), self.model.vision.views * CHANNELS)
+        states = 2 * uniform(derive_each(2, keys), action.state_dim) - 1
+        colours = uniform(derive_each(3, keys), self.model.vision.views * CHANNELS)
         return ActionBatch(
             images=torch.from_numpy(self._images(colours)),
             instruction=torch.from_numpy(self._instructions(tasks)),
@@ -79,9 +79,7 @@ class SyntheticActions:
     def _actions(self, tasks: np.ndarray, states: np.ndarray, colours: np.ndarray) -> np.ndarray:
         action = self.model.action
         places = np.arange(action.action_dim)
-        directions = (
-            2 * _uniform(derive_each(derive(self.seed, 3), np.arange(_TASKS, dtype=np.uint64)), len(places)) - 1
-        )
+        directions = 2 * uniform(derive_each(derive(self.seed, 3), np.arange(_TASKS, dtype=np.uint64)), len(places)) - 1
         progress = np.arange(1, action.chunk_size + 1) / action.chunk_size
         moving = directions[tasks][:, None, :] * progress[None, :, None]
         still = states[:, places % states.shape[1]] / 2 + colours[:, places % colours.shape[1]]
@@ -90,12 +88,6 @@ class SyntheticActions:
     def _padding(self, keys: np.ndarray) -> np.ndarray:
         size, fraction = self.model.action.chunk_size, self.masked_fraction
         low, high = max(0.0, 2 * fraction - 1), min(1.0, 2 * fraction)
-        shares = low + (high - low) * _uniform(derive_each(4, keys), 1)
+        shares = low + (high - low) * uniform(derive_each(4, keys), 1)
         kept = np.maximum(1, np.ceil(size * (1 - shares)))
         return np.arange(size)[None, :] >= kept
-
-
-def _uniform(keys: np.ndarray, count: int) -> np.ndarray:
-    """Independent draws from 0 .. 1 for each key, float64 [len(keys), count]."""
-    places = derive_each(0, np.arange(1, count + 1, dtype=np.uint64))
-    return (derive_each(6, keys[:, None] ^ places[None, :]) >> np.uint64(11)) * 2.0**-53

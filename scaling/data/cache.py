@@ -71,6 +71,31 @@ def cached_tokens(folder: Path, key: str, dtype: np.dtype, write: Write) -> Cach
     return entry
 
 
+def made_folder(cache: Path, name: str, make: Callable[[Path], None], title: str) -> Path:
+    """The folder `name` of the cache, filled by `make` if it is absent; `title` is what the log calls that.
+
+    Any number of processes may call this at a time, as `cached_tokens`. StorageError where the cache cannot be used.
+    """
+    path = cache / name
+    try:
+        if path.is_dir():
+            return path
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{name}.lock"):
+            if not path.is_dir():
+                with tempfile.TemporaryDirectory(dir=cache, prefix=f"{name}.") as folder:
+                    logging.getLogger(__name__).info(title)
+                    made = Path(folder, name)
+                    make(made)
+                    made.rename(path)
+    except OSError as error:
+        raise StorageError(
+            f"`data.cache` must be a folder with room for what is made, but {cache.absolute()} fails: "
+            f"{error.strerror or error}; free space or choose another folder"
+        ) from error
+    return path
+
+
 def _open_entry(folder: Path, key: str, dtype: np.dtype) -> CachedTokens | None:
     """None where the entry is absent or its size is not what the sidecar says."""
     path = folder / f"{key}.bin"
@@ -119,10 +144,10 @@ def _locked(path: Path) -> Iterator[bool]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("waiting for another process to tokenise the data")
+            logger.info("waiting for another process to prepare the data")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            logger.warning("no lock on %s (%s): other processes may tokenise the same data", path, error.strerror)
+            logger.warning("no lock on %s (%s): other processes may prepare the same data", path, error.strerror)
             alone = False
         yield alone
 

@@ -29,3 +29,9 @@ def derive(*words: int) -> int:
 def derive_each(key: int, words: np.ndarray) -> np.ndarray:
     """`derive`'s last step for an array of words (uint64, any shape): one key for each."""
     return mix(words + np.uint64((key + GOLDEN) & _MASK))
+
+
+def uniform(keys: np.ndarray, count: int) -> np.ndarray:
+    """Independent draws from 0 .. 1 for each key, float64 [len(keys), count]."""
+    places = derive_each(0, np.arange(1, count + 1, dtype=np.uint64))
+    return (derive_each(6, keys[:, None] ^ places[None, :]) >> np.uint64(11)) * 2.0**-53

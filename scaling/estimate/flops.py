@@ -14,7 +14,7 @@ from scaling.inventory import (
     context_length,
     fusion_shape,
     head_dim,
-    inventory_of,
+    ledger_of,
     parameters,
     patches,
     shapes,
@@ -239,12 +239,13 @@ def train_flops_per_token(
     product with the values cost 4 x width x sequence per token and layer forward, up to twice that backward, causal
     masking not discounted (as PaLM's MFU counts, Chowdhery et al., 2022, appendix B). Of a vla tokens are the positions
     of `scaling.inventory.sample_length`, and `sequence_length` is their number in a sample. Of a recorded model it is
-    what its products and attention kernels were counted to cost, where masking is not discounted either.
+    what its products and attention kernels were counted to cost, where masking is not discounted either. Raises
+    UserError where nothing was recorded.
     """
     if isinstance(model, Vla):
         return _vla_flops(model, sequence_length, frozenset(frozen)) / sequence_length
     if isinstance(model, Recorded):
-        return recorded_flops(inventory_of(model).ledger["work"]["none"]) / sequence_length
+        return recorded_flops(ledger_of(model)["work"]["none"]) / sequence_length
     work = structure(model, frozenset(frozen), lora)
     scores = 2 * model.num_attention_heads * head_dim(model) * sequence_length
     total = work.head.flops_per_token

@@ -7,13 +7,13 @@ from scaling.errors import UserError
 from scaling.estimate.ops import FLOAT, Ops
 from scaling.estimate.tape import Node, Storage, Value
 from scaling.estimate.torch_engines import Single
-from scaling.inventory import inventory_of
+from scaling.inventory import ledger_of
 from scaling.spec.sections import Recorded, Spec
 
 
 def recorded_ledger(spec: Spec, model: Recorded, frozen: Collection[str]) -> Mapping[str, Any]:
     """The ledger of an inventory file; UserError where it was not recorded for steps as those of `spec`."""
-    found = inventory_of(model)
+    ledger = ledger_of(model)
     wanted = {
         "sequence_length": spec.data.sequence_length,
         "precision": spec.precision,
@@ -21,13 +21,13 @@ def recorded_ledger(spec: Spec, model: Recorded, frozen: Collection[str]) -> Map
         "frozen": sorted(frozen),
     }
     for name, value in wanted.items():
-        if (recorded := found.ledger[name]) != value:
+        if (recorded := ledger[name]) != value:
             was, now = ("others", "these") if name in ("objective", "frozen") else (recorded, value)
             raise UserError(
-                f"`model.inventory` must be recorded for the spec's {_WORDS[name]} ({now}), but {found.path[:200]!r} "
-                f"is for {was}; run `python -m scaling.inventory SPEC` again"
+                f"`model.inventory` must be recorded for the spec's {_WORDS[name]} ({now}), but "
+                f"{str(model.inventory)[:200]!r} is for {was}; run `python -m scaling.inventory SPEC` again"
             )
-    return found.ledger
+    return ledger
 
 
 _WORDS = {

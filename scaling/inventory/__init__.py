@@ -5,11 +5,13 @@ of transformers', it is in the inventory file that the section names.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
+from typing import Any
 
+from scaling.errors import UserError
 from scaling.inventory.recorded import Inventory, Parameter, read_inventory
 from scaling.spec.sections import Decoder, Fusion, Lora, Model, PreferenceData, Recorded, Spec, Vision, Vla
 
@@ -58,6 +60,17 @@ def _own(model: Model) -> tuple[Parameter, ...]:
 def inventory_of(model: Recorded) -> Inventory:
     """What `python -m scaling.inventory` wrote of `model`; UserError where it did not, or of another."""
     return read_inventory(model)
+
+
+def ledger_of(model: Recorded) -> Mapping[str, Any]:
+    """What a step of `model` does, as its inventory file has it; UserError where there is no file."""
+    ledger = inventory_of(model).ledger
+    if ledger is None:
+        raise UserError(
+            "`model.inventory` must be a file where memory or speed are to be known before, but is null; name one, and "
+            "run `python -m scaling.inventory SPEC`"
+        )
+    return ledger
 
 
 def blocks(model: Model) -> tuple[str, ...]:

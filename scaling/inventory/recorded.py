@@ -57,9 +57,10 @@ class Inventory:
     tied: tuple[tuple[str, ...], ...]
     blocks: tuple[str, ...]
     buffer_bytes: int
-    vocab_size: int
-    """Of the logits."""
-    ledger: Mapping[str, Any]
+    vocab_size: int | None
+    """Of the logits; None where it is not known."""
+    ledger: Mapping[str, Any] | None
+    """None where the module was looked at and nothing recorded."""
 
 
 def fingerprint(model: Recorded) -> str:
@@ -68,9 +69,25 @@ def fingerprint(model: Recorded) -> str:
     return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
 
 
+_looked_at: dict[str, Inventory] = {}
+"""By fingerprint, what this process has found in modules that no file describes."""
+
+
+def keep_inventory(model: Recorded, found: Inventory) -> None:
+    """Let `read_inventory` give this for `model`, whose section names no file."""
+    _looked_at[fingerprint(model)] = found
+
+
 def read_inventory(model: Recorded) -> Inventory:
     """The inventory file of `model`; UserError where there is none, or one that was made from another section."""
     path = model.inventory
+    if path is None:
+        if (found := _looked_at.get(fingerprint(model))) is None:
+            raise UserError(
+                "`model.inventory` must be a file for all but training, but is null; name one, and run `python -m "
+                "scaling.inventory SPEC`, which writes it (it needs torch, and no GPU)"
+            )
+        return found
     try:
         stamp = os.stat(path)
     except (OSError, ValueError):

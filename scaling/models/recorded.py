@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scaling.errors import UserError
 from scaling.imports import call_target
+from scaling.inventory.recorded import Inventory, Parameter, fingerprint, keep_inventory
 from scaling.models.initial import InitialValues
 from scaling.models.recipe import ModelRecipe, canonical_name
 from scaling.spec.sections import FactoryModel, HuggingFace, Recorded
@@ -74,6 +75,35 @@ def _causal_lm(path: str, *, filled: bool) -> nn.Module:
             f"`model.path` must be a folder whose config.json transformers builds a causal language model of, but "
             f"{path[:200]!r} is not: {str(error).splitlines()[0][:300]}"
         ) from None
+
+
+def take_inventory(model: Recorded, allow_import: Sequence[str]) -> None:
+    """Look at a module that no inventory file describes; from here on `inventory_of` knows it. UserError where it
+    cannot be built.
+
+    Without blocks the whole is one: it is gathered at once, and neither checkpointed nor compiled.
+    """
+    with torch.device("meta"):
+        module = build(model, allow_import)
+    listed = parameters_of(module)
+    try:
+        blocks = find_blocks(module)
+    except UserError:
+        blocks = ()
+    config = getattr(module, "config", None)
+    keep_inventory(
+        model,
+        Inventory(
+            path="",
+            model=fingerprint(model),
+            parameters=tuple(Parameter(one["name"], tuple(one["shape"])) for one in listed),
+            tied=tuple((one["name"], *one["tied"]) for one in listed if one["tied"]),
+            blocks=blocks,
+            buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
+            vocab_size=getattr(config, "vocab_size", None),
+            ledger=None,
+        ),
+    )
 
 
 def find_blocks(module: nn.Module) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,11 +20,20 @@ Objective = Callable[[nn.Module, Any], Tensor]
 """(module, micro-batch) -> loss summed over the micro-batch's terms, an fp32 scalar. Never a mean."""
 
 
-def build_objective(spec: ObjectiveSpec, allow_import: Sequence[str] = (), *, from_logits: bool = False) -> Objective:
+def build_objective(
+    spec: ObjectiveSpec, allow_import: Sequence[str] = (), *, from_logits: bool = False, by_sample: bool = False
+) -> Objective:
     """The loss function that `spec` names; `allow_import` are the packages that a factory may come from.
 
     `from_logits`: of a module that returns logits, where this project's own take targets and return the summed loss.
+    `by_sample`: of samples that are no text but what a user's own data set gives, where the function gives a loss for
+    each, [micro_batch].
     """
+    if by_sample and not isinstance(spec, Factory):
+        raise UserError(
+            f'`objective.kind` must be "factory" where `data` is of a factory and its items are no text, but is '
+            f'"{spec.kind}"; give it a loss, or have the items be {{"inputs", "targets"}} of token ids'
+        )
     match spec:
         case CausalLM() | SFT():
             return _causal_lm_from_logits if from_logits else _causal_lm
@@ -40,7 +50,24 @@ def build_objective(spec: ObjectiveSpec, allow_import: Sequence[str] = (), *, fr
                     f"`objective.target` must return a function of (module, micro-batch), but {spec.target} returns "
                     f"a {type(objective).__name__}; correct it"
                 )
-            return cast(Objective, objective)
+            return _by_sample(objective, spec.target) if by_sample else cast(Objective, objective)
+
+
+def _by_sample(loss: Callable[[nn.Module, Any], Tensor], name: str) -> Objective:
+    """The sum of what `loss` gives for each sample that counts."""
+
+    def objective(module: nn.Module, batch: Any) -> Tensor:
+        found = loss(module, batch.values)
+        wanted = tuple(batch.counts.shape)
+        if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UserError(
+                f"the loss of {name} must give a number for each sample, of shape {list(wanted)}, but gives {shape}; "
+                'return it without averaging (`reduction="none"`)'
+            )
+        return torch.where(batch.counts, found.float(), 0.0).sum()
+
+    return objective
 
 
 def _causal_lm_from_logits(module: nn.Module, batch: Any) -> Tensor:

@@ -112,11 +112,17 @@ class _Flight:
 class Yardsticks:
     """What speed is told against."""
 
-    flops_per_token: float
+    flops_per_token: float | None
+    """None where it is not known."""
     peak_flops: float | None = None
     """Dense peak of the card, FLOP/s; None where it is not known."""
     gemm_flops: float | None = None
     """The fastest matrix product that was measured on it, FLOP/s; None where none was."""
+
+    def share(self, tokens_per_second: float, of: float | None) -> float | None:
+        """What share of so many FLOP/s a device uses; None where one of the numbers is not known."""
+        known = of is not None and self.flops_per_token is not None
+        return tokens_per_second * self.flops_per_token / of if known else None
 
 
 class Recorder:
@@ -288,7 +294,7 @@ class Recorder:
             window.timings.add(flight.lap)
         seconds = window.seconds()
         speed = plan.global_tokens / seconds
-        flops = speed / plan.world_size * sticks.flops_per_token
+        per_device = speed / plan.world_size
         reading = flight.reading
         memory = self._memory.read() if reading is None else reading.memory
         device = dict(self._look_at_device() if reading is None else reading.device)
@@ -306,10 +312,10 @@ class Recorder:
             samples_seen=flight.progress.samples,
             step_seconds=seconds,
             tokens_per_second=speed,
-            tokens_per_second_per_device=speed / plan.world_size,
+            tokens_per_second_per_device=per_device,
             samples_per_second=plan.global_batch / seconds,
-            mfu=None if sticks.peak_flops is None else flops / sticks.peak_flops,
-            mfu_of_mamf=None if sticks.gemm_flops is None else flops / sticks.gemm_flops,
+            mfu=sticks.share(per_device, sticks.peak_flops),
+            mfu_of_mamf=sticks.share(per_device, sticks.gemm_flops),
             memory={
                 **memory,
                 "device_used_bytes": device.pop("used_bytes"),

@@ -232,9 +232,10 @@ class FactoryModel(Section):
     ids, int64 [batch, sequence], and returns logits, [batch, sequence, vocabulary], or an object that has `logits`."""
     arguments: dict[str, Any] = {}
     """Its keyword arguments."""
-    inventory: Text
+    inventory: Text | None = None
     """File that `python -m scaling.inventory SPEC` writes once, and all else reads: names and shapes of the parameters,
-    and what a step makes, keeps and frees. Relative to the working folder."""
+    and what a step makes, keeps and frees. Relative to the working folder. Null: training looks at the module itself;
+    memory and speed are then not known before, and the planner refuses."""
 
     def __hash__(self) -> int:
         return hash((self.target, self.inventory))  # its arguments have none
@@ -247,7 +248,7 @@ class HuggingFace(Section):
     kind: Literal["huggingface"]
     path: Text
     """Folder with its config.json; relative to the working folder."""
-    inventory: Text
+    inventory: Text | None = None
     """As of a factory."""
 
 
@@ -451,6 +452,61 @@ class PreferenceData(Section):
     """As of chat."""
 
 
+SIMULATED_ARM = "simulated-arm"
+"""Demonstrations that every machine can make."""
+
+
+class EpisodeData(Section):
+    """Demonstrations of a robot in LeRobot's layout (versions 2.0 to 3.0): folders with meta/info.json, parquet files
+    of states and actions, images or videos of each camera, and an instruction for each episode."""
+
+    kind: Literal["episodes"]
+    train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
+    """Folders, relative to the working folder; "simulated-arm" means demonstrations that are made: an arm of two links
+    touches the disc of the colour that it is told."""
+    validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
+    """The share of episodes (by a hash of their content) held out for validation, or folders; 0 holds out none."""
+    cameras: Annotated[list[Text], Field(min_length=1, max_length=64)] | None = None
+    """Names of the cameras, one for each of the model's views and in their order. Default: all, by name."""
+    state: Text = "observation.state"
+    """Column of the robot's own state."""
+    action: Text = "action"
+    """Column of what was done."""
+    normalization: Literal["mean_std", "min_max", "none"] = "mean_std"
+    """How states and actions are scaled, by what the training episodes hold: to a mean of 0 and a deviation of 1, to
+    -1 .. 1, or not at all. Checkpoints hold the numbers."""
+    tokenizer: Text = "bytes"
+    """Of instructions: "bytes" (vocabulary of 256), or the path of a Hugging Face tokenizer.json."""
+    sequence_length: Size
+    """Tokens of an instruction; shorter ones are filled up."""
+    malformed: Literal["refuse", "skip"] = "refuse"
+    """What happens to an episode with numbers that are not finite, or images that are not as they should be: the run
+    does not start, and file and episode are named; or it is left out, and counted in the log."""
+    simulated_episodes: Count = 500
+    """Episodes of "simulated-arm"."""
+    cache: Text = ".cache/scaling"
+    """Folder of the decoded images, keyed by the folder's files; safe to delete."""
+
+
+class FactoryData(Section):
+    """Data of your own: the function `target`, called with `arguments`, returns a data set with `__len__` and
+    `__getitem__` (as torch.utils.data.Dataset), or two of them, the second one for validation.
+
+    Items are collated as torch's DataLoader does it. Items that are {"inputs", "targets"} of token ids are text, for
+    every objective for text; for all others `objective` is a factory's as well, and its loss gives a number for each
+    sample: [micro_batch].
+    """
+
+    kind: Literal["factory"]
+    target: Target
+    """Where the function is, "package.module:function"; the working folder is looked in first. Its package must be
+    allowed on the command line (--allow-import)."""
+    arguments: dict[str, Any] = {}
+    """Its keyword arguments."""
+    sequence_length: Size = 1
+    """Tokens in one sample, which throughput is counted by; 1 where samples are no text."""
+
+
 def packs(data: "Data") -> bool:
     """Whether samples hold several texts each, which do not see one another."""
     return isinstance(data, ChatData) and data.packing
@@ -474,7 +530,10 @@ class SyntheticData(Section):
     """Tokens in one sample; of a vla: in its instruction."""
 
 
-Data = Annotated[TextData | TokenData | ChatData | PreferenceData | SyntheticData, Field(discriminator="kind")]
+Data = Annotated[
+    TextData | TokenData | ChatData | PreferenceData | EpisodeData | SyntheticData | FactoryData,
+    Field(discriminator="kind"),
+]
 
 
 # ---------------------------------------------------------------- batch, optimizer, groups, schedule
@@ -928,6 +987,8 @@ class Spec(Section):
         names = [group.name for group in self.param_groups]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
             yield f"`param_groups` must have distinct names, but '{quoted(name)}' stands more than once; rename one"
+        if isinstance(self.data, FactoryData):
+            return  # what it holds out it says itself
         held_out = self.data.validation_samples if isinstance(self.data, SyntheticData) else self.data.validation
         if self.validation is not None and held_out == 0:
             yield "`validation` must be null when no data are held out, but is set; set `data.validation` to 0.05, say"
@@ -946,6 +1007,11 @@ class Spec(Section):
 
     def _model_and_data(self) -> Iterator[str]:
         model, data = self.model, self.data
+        if isinstance(data, EpisodeData) and not isinstance(model, Vla):
+            yield (
+                f'`data.kind` must be one of text for a model of kind "{model.kind}", but is "episodes"; '
+                "change one of them"
+            )
         if isinstance(model, Recorded):
             return  # how many words it knows, and how long a text it reads, is not in the spec
         reader, field = (model.language, "model.language") if isinstance(model, Vla) else (model, "model")
@@ -954,16 +1020,16 @@ class Spec(Section):
                 f"`data.sequence_length` must be at most {field}.max_position_embeddings "
                 f"({reader.max_position_embeddings}), but is {data.sequence_length}; change one of them"
             )
-        in_bytes = not isinstance(data, TokenData | SyntheticData) and data.tokenizer == "bytes"
+        in_bytes = not isinstance(data, TokenData | SyntheticData | FactoryData) and data.tokenizer == "bytes"
         if in_bytes and reader.vocab_size < 256:
             yield (
                 f'`{field}.vocab_size` must be at least 256 for the tokenizer "bytes", '
                 f"but is {reader.vocab_size}; set it to 256"
             )
-        if isinstance(model, Vla) and not isinstance(data, SyntheticData):
+        if isinstance(model, Vla) and not isinstance(data, EpisodeData | SyntheticData | FactoryData):
             yield (
-                f'`data.kind` must be "synthetic" for a model of kind "vla", but is "{data.kind}": text has neither '
-                "images nor actions; change one of them"
+                f'`data.kind` must be "episodes" or "synthetic" for a model of kind "vla", but is "{data.kind}": text '
+                "has neither images nor actions; change one of them"
             )
 
     def _model_and_objective(self) -> Iterator[str]:
