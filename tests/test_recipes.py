@@ -18,8 +18,8 @@ ALSO = {"minimind-lora-tiny": {"zero3": {"kind": "deepspeed", "zero_stage": 3}}}
 
 def words(folder, data):
     """A little of what the recipe reads: files of this project, and what is made of them."""
-    if data.kind == "synthetic":
-        return []
+    if data.kind == "episodes":
+        return ["data.simulated_episodes=20"]
     if data.kind == "text":
         return [f"data.train={json.dumps([str(ROOT / 'scaling' / '*.py')])}"]
     path = folder / f"{data.kind}.jsonl"
@@ -42,8 +42,6 @@ def test_tiny_recipes_train_one_after_the_other(tmp_path, backend):
             *('validation={"interval":2,"batches":1}', "profile.interval=1", f"data.cache={tmp_path / 'cache'}"),
             *words(tmp_path, spec.data),
         ]
-        if spec.data.kind == "synthetic":
-            sets = [one for one in sets if not one.startswith("data.cache")]
         if spec.initialize_from:
             sets.append(f"initialize_from={json.dumps(str(runs[spec.initialize_from.removeprefix('runs/')]))}")
         flags = [word for setting in sets for word in ("--set", setting)]

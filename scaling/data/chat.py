@@ -16,6 +16,7 @@ from scaling.data.conversations import Said, messages_of, pieces
 from scaling.data.dataset import MicroBatch, PackedBatch
 from scaling.data.docstrings import docstring_lines
 from scaling.data.files import digest_of, is_standard_library, matching_files, refuse_shared_files
+from scaling.data.hashing import derive, derive_each
 from scaling.data.lines import Line, read_each, read_lines, tell_left_out
 from scaling.data.packing import pack
 from scaling.data.progress import progress_in_bytes
@@ -27,7 +28,7 @@ from scaling.spec.sections import ChatData, PreferenceData
 SPOKEN, FIRST = np.uint32(1 << 31), np.uint32(1 << 30)
 """Bits of a cached token: the assistant says it; a conversation begins with it."""
 _ID = np.uint32((1 << 30) - 1)
-_FORMAT = "scaling conversations 1"
+_FORMAT = "scaling conversations 2"
 """Part of every key: to be raised when the same lines come to be tokenised otherwise."""
 _AT_A_TIME = 1024
 """Conversations tokenised at a time: enough to occupy all threads of the tokenizers library."""
@@ -189,15 +190,15 @@ def split_by_hash(hashes: np.ndarray, fraction: float, what: str) -> tuple[np.nd
 
 
 def _paired(lines: Iterator[Line]) -> Iterator[Line]:
-    """Of explained code what it is preferred to: the explanation of another piece of the same file."""
-    those = list(lines)
-    answers = [line.value["response"] for line in those]
-    for line in those:
-        others = [answer for answer in answers if answer != line.value["response"]]
-        if others:
+    """Of explained code what its explanation is preferred to: the same words in another order."""
+    for line in lines:
+        answer = line.value["response"]
+        words = answer.split()
+        order = np.argsort(derive_each(derive(line.number), np.arange(len(words), dtype=np.uint64)))
+        other = " ".join(words[place] for place in order.tolist())
+        if other != answer:
             asked = f"{line.value['instruction']}\n\n{line.value['context']}"
-            record = {"prompt": asked, "chosen": line.value["response"], "rejected": others[line.number % len(others)]}
-            yield replace(line, value=record)
+            yield replace(line, value={"prompt": asked, "chosen": answer, "rejected": other})
 
 
 def open_conversations(

@@ -432,7 +432,7 @@ class PreferenceData(Section):
     kind: Literal["preference"]
     train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
     """Globs of .jsonl files, relative to the working folder; "python-stdlib" means pairs made of the standard library:
-    what a function's docstring says first, preferred to what another's does."""
+    what a function's docstring says first, preferred to the same words in another order."""
     validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
     """The share of pairs (by a hash of their content) held out for validation, or globs of validation files; 0 holds
     out none."""
