@@ -154,7 +154,7 @@ class ValidationRecord:
     wall_time: float
     """When it ended: seconds since 1970, as the clock of rank 0 has it."""
     unit: str = "tokens"
-    """What `tokens` counts: "tokens", "numbers" or "pairs"."""
+    """What `tokens` counts: "tokens", "numbers", "pairs", "samples" or "responses"."""
     measures: dict[str, float] = field(default_factory=dict[str, float])
     """What else the objective measures, means over the validation set: of dpo "accuracy", the share of pairs of which
     the chosen response has gained more than the rejected one, and "margin", by how much more, in nats times beta."""
@@ -165,14 +165,15 @@ class Event:
     """Something that happened to a run as a whole: a line of events.jsonl."""
 
     event: str
-    """"start" (of a process group, a resumed one too), "checkpoint", "checkpoint_failed", "rollback", "end"."""
+    """"start" (of a process group, a resumed one too), "checkpoint", "checkpoint_failed", "rollback", "rollout",
+    "end"."""
     wall_time: float
     """Seconds since 1970, as the clock of rank 0 has it."""
     step: int | None
     """Optimizer steps done."""
     details: dict[str, Any] = field(default_factory=dict[str, Any])
-    """start: "world_size", "backend", "hosts"; checkpoint: "seconds", "bytes", "stall_seconds"; end: "code",
-    "reason", "rank"."""
+    """start: "world_size", "backend", "hosts"; checkpoint: "seconds", "bytes", "stall_seconds"; rollout (of
+    ppo): "reward", "kl", "response_tokens", means over its responses; end: "code", "reason", "rank"."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ from scaling.render import render
 from scaling.run_folder import CHECKPOINTS, MEMORY, METRICS, SNAPSHOTS, count_start, versions
 from scaling.schedule import check_schedule, lr_scale
 from scaling.spec import Spec
-from scaling.spec.sections import DPO, Factory, FactoryData, FactoryModel, Recorded
+from scaling.spec.sections import DPO, PPO, Factory, FactoryData, FactoryModel, Recorded
 from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused befo
     from scaling.profile.observers import Observer
     from scaling.profile.recorder import Recorder, Yardsticks
     from scaling.profile.sinks import Sink
+    from scaling.rollouts import Rollouts
 
 logger = logging.getLogger("scaling")
 
@@ -68,7 +69,10 @@ class Resume:
 
 def resolve(spec: Spec, world_size: int, allow_import: Sequence[str] = ()) -> Job:
     """Everything that follows from a spec and a number of ranks alone. Raises UserError; needs no torch."""
-    for section, part in (("model", spec.model), ("objective", spec.objective), ("data", spec.data)):
+    parts = [("model", spec.model), ("objective", spec.objective), ("data", spec.data)]
+    if isinstance(spec.objective, PPO):
+        parts.append(("objective.reward", spec.objective.reward))
+    for section, part in parts:
         if isinstance(part, FactoryModel | Factory | FactoryData):
             check_allowed(part.target, allow_import, f"{section}.target")
     plan = resolve_batch(spec, world_size)
@@ -121,6 +125,7 @@ def run(
             progress = _first_state(engine, start, weights)
             folder = None if resume is None else resume.folder
             dataset, held_out = _compared(job, process, engine, dataset, held_out, heartbeat, folder, start is None)
+            rollouts = _rollouts(job, process, engine, heartbeat, folder)
         with closing(_keeper(job, process, engine, resume, identity)) as keeper:
             observers = _observers(job, process, engine, keeper, folder, progress.step)
             recorder = make_recorder(
@@ -137,6 +142,7 @@ def run(
                     progress,
                     objective,
                     (dataset, held_out),
+                    rollouts,
                     (max_steps, last_step),
                     stop_requested,
                     time_left,
@@ -172,6 +178,41 @@ def _compared(
         found.append(samples)
     assert found[0] is not None
     return found[0], found[1]
+
+
+def _rollouts(
+    job: Job, process: "Process", engine: "Engine", heartbeat: Heartbeat | None, folder: Path | None
+) -> "Rollouts | None":
+    """What answers prompts for ppo; None for other objectives. The reference is what training starts from, whatever
+    this run has become of it."""
+    spec, plan = job.spec, job.plan
+    if not isinstance(spec.objective, PPO):
+        return None
+    from scaling.models.build import model_recipe
+    from scaling.objectives.policy import build_reward
+    from scaling.rollouts import Rollouts, reference_weights
+
+    weights = _initial_weights(spec, process)
+    shapes = {p.name: p.shape for p in parameters(spec.model, spec.lora)}
+    try:
+        reference = reference_weights(engine, model_recipe(spec, job.allow_import), weights, shapes)
+    finally:
+        if weights is not None:
+            weights.close()
+    cycle = spec.objective.rollout_steps * spec.objective.epochs
+    return Rollouts(
+        engine,
+        process,
+        spec.objective,
+        plan,
+        spec.seed,
+        build_reward(spec.objective, job.allow_import),
+        reference,
+        heartbeat or NullHeartbeat(),
+        folder,
+        # The newest checkpoint may be two intervals old: one being written.
+        kept=2 + -(-2 * spec.checkpoint.interval // cycle) if spec.checkpoint else 2,
+    )
 
 
 def _memory_snapshot(job: Job, process: "Process", resume: Resume | None) -> Path | None:
@@ -228,6 +269,7 @@ def _train(
     progress: Progress,
     objective: "Objective",
     datasets: "tuple[Dataset, Dataset | None]",
+    rollouts: "Rollouts | None",
     steps: tuple[int, int],
     stop_requested: Callable[[], bool],
     time_left: Callable[[], float | None],
@@ -251,19 +293,23 @@ def _train(
         keeper.save(engine, progress)  # something to go back to
     passed_over: set[int] = set(progress.skipped)
     while True:
-        batches = step_batches(
-            datasets[0],
-            seed=spec.seed,
-            micro_batch=plan.micro_batch,
-            accumulation=plan.accumulation,
-            rank=process.rank,
-            world_size=process.world_size,
-            first_samples=progress.first_samples(plan, course.last_step),
-            device=process.device,
-        )
+        places = progress.first_samples(plan, course.last_step)
+        if rollouts is not None:
+            batches = rollouts.batches(datasets[0], places, partial(recorder.event, "rollout"))
+        else:
+            batches = step_batches(
+                datasets[0],
+                seed=spec.seed,
+                micro_batch=plan.micro_batch,
+                accumulation=plan.accumulation,
+                rank=process.rank,
+                world_size=process.world_size,
+                first_samples=places,
+                device=process.device,
+            )
         try:
             with closing(batches):
-                validate = _validator(job, process, engine, objective, datasets[1], recorder.heartbeat)
+                validate = _validator(job, process, engine, objective, datasets[1], recorder.heartbeat, rollouts)
                 train(
                     engine,
                     objective,
@@ -294,15 +340,19 @@ def _validator(
     objective: "Objective",
     held_out: "Dataset | None",
     heartbeat: Heartbeat,
+    rollouts: "Rollouts | None",
 ) -> Callable[[int], ValidationRecord]:
     from scaling.data.loader import validation_batches
     from scaling.loop import measure_validation
 
     def validate(step: int) -> ValidationRecord:
         assert job.spec.validation is not None and held_out is not None
+        samples = job.spec.validation.batches * job.plan.global_batch
+        if rollouts is not None:
+            return rollouts.validate(held_out, samples, step)
         share = validation_batches(
             held_out,
-            samples=job.spec.validation.batches * job.plan.global_batch,
+            samples=samples,
             micro_batch=job.plan.micro_batch,
             rank=process.rank,
             world_size=process.world_size,

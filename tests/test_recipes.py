@@ -10,13 +10,13 @@ from scaling.spec import load_spec
 from scaling.spec.source import recipes
 
 TINY = ("gpt2-tiny", "gpt2-dolly-tiny", "minimind-pretrain-tiny", "minimind-sft-tiny", "minimind-lora-tiny",
-        "minimind-dpo-tiny", "atlas-vla-tiny")  # fmt: skip
+        "minimind-dpo-tiny", "minimind-ppo-tiny", "atlas-vla-tiny")  # fmt: skip
 BACKENDS = {"fsdp": {"kind": "fsdp"}, "zero2": {"kind": "deepspeed", "zero_stage": 2}}
 ALSO = {"minimind-lora-tiny": {"zero3": {"kind": "deepspeed", "zero_stage": 3}}}
 """Where stage 3 differs: frozen parameters, which it gathers."""
 
 
-def words(folder, data):
+def words(folder, data, *, ppo):
     """A little of what the recipe reads: files of this project, and what is made of them."""
     if data.kind == "episodes":
         return ["data.simulated_episodes=20"]
@@ -26,7 +26,8 @@ def words(folder, data):
     answers = [{"prompt": f"{n}?", "chosen": "Yes. " * (n % 7 + 1), "rejected": "No."} for n in range(40)]
     chats = [{"instruction": pair["prompt"], "response": pair["chosen"]} for pair in answers]
     path.write_text("\n".join(map(json.dumps, answers if data.kind == "preference" else chats)))
-    return [f"data.train={json.dumps([str(path)])}"]
+    sampling = ["objective.max_new_tokens=8"] if ppo else []
+    return [f"data.train={json.dumps([str(path)])}", *sampling]
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "zero2", "zero3"])
@@ -40,7 +41,7 @@ def test_tiny_recipes_train_one_after_the_other(tmp_path, backend):
         sets = [
             *(f"backend={json.dumps(kind or BACKENDS['zero2'])}", "max_steps=2", "schedule.warmup_steps=1"),
             *('validation={"interval":2,"batches":1}', "profile.interval=1", f"data.cache={tmp_path / 'cache'}"),
-            *words(tmp_path, spec.data),
+            *words(tmp_path, spec.data, ppo=spec.objective.kind == "ppo"),
         ]
         if spec.initialize_from:
             sets.append(f"initialize_from={json.dumps(str(runs[spec.initialize_from.removeprefix('runs/')]))}")
@@ -84,7 +85,7 @@ def test_dolly_is_tuned_as_the_guide_says():
     assert spec.validation.interval == 50
 
 
-@pytest.mark.parametrize(("name", "lr"), [("pretrain", 5e-4), ("sft", 1e-6), ("lora", 1e-4), ("dpo", 4e-8)])
+@pytest.mark.parametrize(("name", "lr"), [("pretrain", 5e-4), ("sft", 1e-6), ("lora", 1e-4), ("dpo", 4e-8), ("ppo", 8e-8)])
 def test_minimind_is_trained_as_the_guide_says(name, lr):
     spec = load_spec(f"minimind-{name}")
     assert (spec.model.hidden_size, spec.model.num_hidden_layers, spec.data.sequence_length) == (512, 8, 340)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scaling.inventory import Parameter, head_dim, parameters, shapes
+from scaling.inventory import VALUE_HEAD, Parameter, head_dim, parameters, shapes
 from scaling.spec.sections import Decoder, Model, Vla
 
 CONFIG, OWN_CONFIG = "config.json", "scaling_spec.json"
@@ -54,13 +54,18 @@ def layout(model: Model, names: Names) -> tuple[Stored, ...] | None:
         return _gpt2_layout(model) if isinstance(model, Decoder) else None
     return tuple(
         Stored(p.name if names == "own" or p.name == "lm_head.weight" else f"model.{p.name}", p.shape, (p,))
-        for p in parameters(model)
+        for p in _given_away(model)
     )
+
+
+def _given_away(model: Model) -> tuple[Parameter, ...]:
+    """All parameters but those of a value head, which is of use to nobody but the run that trains it."""
+    return tuple(p for p in parameters(model) if p.name.partition(".")[0] != VALUE_HEAD)
 
 
 def _gpt2_layout(model: Decoder) -> tuple[Stored, ...] | None:
     members: dict[str, list[Parameter]] = {}
-    for parameter in parameters(model):
+    for parameter in _given_away(model):
         name = _gpt2_name(parameter.name)
         if name is None:
             return None

@@ -30,7 +30,7 @@ from scaling.checkpoint.huggingface import (
 from scaling.checkpoint.safetensors import TensorFiles, files_of, read_json, reading
 from scaling.checkpoint.store import BEST, LATEST, MANIFEST, Store, problems_of
 from scaling.errors import CheckpointError, UserError
-from scaling.inventory import parameters, tied
+from scaling.inventory import VALUE_HEAD, parameters, tied
 from scaling.run_folder import CHECKPOINTS
 from scaling.spec.sections import Decoder, Lora, Model, Vla
 
@@ -211,13 +211,20 @@ def _check_shapes(
     model: Model,
     spare: str | None,
 ) -> None:
-    """CheckpointError unless `found` has the names and shapes of `wanted`; it may have the name `spare` besides."""
-    found = {name: shape for name, shape in found.items() if name != spare}
+    """CheckpointError unless `found` has the names and shapes of `wanted`; it may have the name `spare` besides. A
+    value head may be there or not: it begins afresh in any case.
+    """
+    found = {name: shape for name, shape in found.items() if name != spare and not _is_value_head(name)}
+    wanted = {name: shape for name, shape in wanted.items() if not _is_value_head(name)}
     if problem := mismatch(found, wanted):
         raise CheckpointError(
             f"`initialize_from` must hold every weight of the model and no other, but {path} {problem}; "
             f"{_remedy(found, wanted, model)}"
         )
+
+
+def _is_value_head(name: str) -> bool:
+    return name.partition(".")[0] == VALUE_HEAD
 
 
 def mismatch(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str | None:

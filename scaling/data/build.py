@@ -8,12 +8,14 @@ from scaling.data.dataset import Dataset
 from scaling.data.episodes import open_episode_data
 from scaling.data.given import open_given_data
 from scaling.data.preference import open_preference_data
+from scaling.data.prompts import open_prompt_data
 from scaling.data.synthetic import SyntheticDataset
 from scaling.data.text import open_text_data
 from scaling.data.tokens import open_token_data
 from scaling.errors import UserError
 from scaling.inventory import inventory_of
 from scaling.spec.sections import (
+    PPO,
     SFT,
     ChatData,
     Decoder,
@@ -61,6 +63,8 @@ def build_datasets(spec: Spec, allow_import: Sequence[str] = ()) -> tuple[Datase
             return open_text_data(data, vocab_size)
         case TokenData() as data:
             return open_token_data(data, vocab_size)
+        case ChatData() as data if isinstance(spec.objective, PPO):
+            return open_prompt_data(data, vocab_size, spec.objective.max_new_tokens)
         case ChatData() as data:
             return open_chat_data(data, vocab_size, spoken_only=isinstance(spec.objective, SFT))
         case PreferenceData() as data:

@@ -23,6 +23,8 @@ class Tokenizer:
     """One more than the largest id."""
     pieces: Callable[[Sequence[str]], list[np.ndarray]]
     """Ids of each text, each an array of integers."""
+    text: Callable[[np.ndarray], str]
+    """The text of ids, as far as it is any."""
     end: int | None
     """The token between two documents; None where it has none."""
 
@@ -34,7 +36,7 @@ class Tokenizer:
 
 def open_tokenizer(name: str, vocab_size: int) -> Tokenizer:
     """The tokenizer of this name ("bytes" or the path of a tokenizer.json), checked against the model's vocab_size."""
-    tokenizer = Tokenizer("bytes", 256, _bytes_of, 0) if name == "bytes" else _open_file(Path(name))
+    tokenizer = Tokenizer("bytes", 256, _bytes_of, _text_of_bytes, 0) if name == "bytes" else _open_file(Path(name))
     if tokenizer.vocabulary > vocab_size:
         raise UserError(
             f"`model.vocab_size` must be at least {tokenizer.vocabulary} for the tokenizer {name}, "
@@ -45,6 +47,10 @@ def open_tokenizer(name: str, vocab_size: int) -> Tokenizer:
 
 def _bytes_of(texts: Sequence[str]) -> list[np.ndarray]:
     return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+
+def _text_of_bytes(ids: np.ndarray) -> str:
+    return bytes(ids[ids < 256].astype(np.uint8)).decode("utf-8", errors="replace")
 
 
 def _open_file(path: Path) -> Tokenizer:
@@ -76,5 +82,8 @@ def _open_file(path: Path) -> Tokenizer:
         encodings = inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
+    def text(ids: np.ndarray) -> str:
+        return inner.decode(ids.tolist(), skip_special_tokens=True)
+
     vocabulary = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
-    return Tokenizer(hashlib.sha256(content).hexdigest(), vocabulary, pieces, end)
+    return Tokenizer(hashlib.sha256(content).hexdigest(), vocabulary, pieces, text, end)

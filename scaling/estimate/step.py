@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scaling.errors import UserError
 from scaling.estimate import vla
 from scaling.estimate.decoder import PlayedDecoder
 from scaling.estimate.deepspeed_engines import BF16, ZeRO3, ZeRO12
@@ -15,7 +16,7 @@ from scaling.groups import Group
 from scaling.inventory import attended_length, inventory_of, sequences, still, text_length
 from scaling.records import BatchPlan
 from scaling.spec.sections import DDP as DDPSpec
-from scaling.spec.sections import DPO, Decoder, FactoryModel, HuggingFace, Spec, Vla, in_chunks, packs
+from scaling.spec.sections import DPO, PPO, Decoder, FactoryModel, HuggingFace, Spec, Vla, in_chunks, packs
 from scaling.spec.sections import FSDP as FSDPSpec
 from scaling.spec.sections import DeepSpeed as DeepSpeedSpec
 from scaling.units import WIDTHS
@@ -114,6 +115,11 @@ def play(
 
     `rough` as in `Ops`: without what the batch itself takes.
     """
+    if isinstance(spec.objective, PPO):
+        raise UserError(
+            '`objective.kind` must be another than "ppo" where memory or speed are to be known before: its sampling is '
+            "not planned yet; plan the same spec as sft"
+        )
     tape = Tape()
     shape = Shape(plan.micro_batch * sequences(spec), attended_length(spec), WIDTHS[spec.precision])
     ops = cast.ops(tape, shape, cuda=cuda, rough=rough)

@@ -17,6 +17,8 @@ from scaling.spec.sections import Decoder, Fusion, Lora, Model, PreferenceData, 
 
 ADAPTERS = ("lora_A", "lora_B")
 """Modules of an adapter, below the linear layer that it is of: [rank, inputs], then [outputs, rank]."""
+VALUE_HEAD = "value_head"
+"""What foretells rewards; never a part of what weights are taken from or given away."""
 CHANNELS = 3
 """Of an image."""
 TIME_FEATURES = 256
@@ -43,7 +45,8 @@ def is_adapter(name: str) -> bool:
 def _with_adapters(own: Sequence[Parameter], targets: Collection[str], rank: int) -> Iterator[Parameter]:
     for module, members in groupby(own, key=lambda parameter: parameter.name.rpartition(".")[0]):
         weight, *rest = members
-        yield from (replace(parameter, frozen=True) for parameter in (weight, *rest))
+        frozen = module != VALUE_HEAD
+        yield from (replace(parameter, frozen=frozen) for parameter in (weight, *rest))
         if module.rpartition(".")[2] in targets:
             outputs, inputs = weight.shape
             yield Parameter(f"{module}.lora_A.weight", (rank, inputs))
@@ -226,7 +229,7 @@ def _decoder(model: Decoder) -> Shapes:
     found += _norm("norm", model)
     if not model.tie_word_embeddings:
         found.append(("lm_head.weight", (model.vocab_size, model.hidden_size)))
-    return found
+    return found + _linear(VALUE_HEAD, model.hidden_size, 1, True) if model.value_head else found
 
 
 def _vla(model: Vla) -> Shapes:

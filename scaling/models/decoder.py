@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaling.inventory import blocks, head_dim, is_adapter
+from scaling.inventory import VALUE_HEAD, blocks, head_dim, is_adapter
 from scaling.models.lora import adapter_inserter, fill_adapter
 from scaling.models.loss import summed_cross_entropy, token_cross_entropy
 from scaling.models.recipe import ModelRecipe
@@ -41,7 +41,7 @@ def decoder_recipe(spec: DecoderSpec, objective: Objective, seed: int, lora: Lor
 def fill_parameter(spec: DecoderSpec, name: str, value: Tensor, generator: torch.Generator) -> None:
     """Initial values as GPT-2 (Radford et al., 2019): normal, smaller for projections back into the residual stream."""
     module, kind = name.split(".")[-2:]
-    if kind == "bias":
+    if kind == "bias" or module == VALUE_HEAD:
         value.zero_()
     elif "norm" in module:
         value.fill_(1.0)
@@ -65,6 +65,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([Block(spec) for _ in range(spec.num_hidden_layers)])
         self.norm = norm_of(spec)
         self.lm_head = Head(spec.hidden_size, spec.vocab_size, chunked=chunked)
+        self.value_head = Linear(spec.hidden_size, 1) if spec.value_head else None
         if spec.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -75,27 +76,40 @@ class Decoder(nn.Module):
         starts: Tensor | None = None,
         *,
         by_sequence: bool = False,
+        by_token: bool = False,
+        memory: "list[KeyValues] | None" = None,
     ) -> Tensor:
         """Logits [batch, sequence, vocabulary], or with `targets` the summed loss (fp32 scalar), or the sum of each
-        sequence (fp32 [batch]) where `by_sequence`.
+        sequence (fp32 [batch]) where `by_sequence`; `by_token` the loss of each token and what the value head says
+        there, fp32 [2, batch, sequence].
 
         `input_ids` and `targets`: int64 [batch, sequence]; targets of -100 are masked. Where a sequence holds several
         texts, `starts`, int64 [batch, sequence], says where the text of each token begins: tokens see those of their
-        own text alone, and positions count from its beginning.
+        own text alone, and positions count from its beginning. With `memory`, one for each layer, `input_ids` follow
+        those that it knows, `starts` must be given, and the logits are those of the last token alone.
         """
         hidden = self.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        before = memory[0].length if memory is not None else 0
+        positions = torch.arange(before, before + input_ids.shape[1], device=input_ids.device)
         mask = None
         if starts is not None:
-            mask = mask_of(starts, hidden.dtype)
+            mask = mask_of(starts, hidden.dtype, before)
             positions = positions - starts
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(positions)
         rotation = rotation_of(self.spec, positions, hidden.dtype) if self.spec.position == "rope" else None
         hidden = self.dropout(hidden)
-        for layer in self.layers:
-            hidden = layer(hidden, rotation) if mask is None else layer(hidden, rotation, mask)
-        return self.lm_head(self.norm(hidden), targets, by_sequence=by_sequence)
+        for index, layer in enumerate(self.layers):
+            if memory is not None:
+                hidden = layer(hidden, rotation, mask, memory[index])
+            else:
+                hidden = layer(hidden, rotation) if mask is None else layer(hidden, rotation, mask)
+        hidden = self.norm(hidden)
+        if by_token:
+            assert self.value_head is not None, "the spec wants one of who asks for values"
+            losses = self.lm_head(hidden, targets, by_token=True)
+            return torch.stack((losses, self.value_head(hidden).squeeze(-1).float()))
+        return self.lm_head(hidden if memory is None else hidden[:, -1:], targets, by_sequence=by_sequence)
 
 
 class Block(nn.Module):
@@ -109,9 +123,15 @@ class Block(nn.Module):
         self.mlp = MLP(spec)
         self.dropout = nn.Dropout(spec.dropout)
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None = None) -> Tensor:
-        """[batch, sequence, hidden] -> the same; `mask` as of `mask_of`."""
-        hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), rotation, mask))
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None = None,
+        memory: "KeyValues | None" = None,
+    ) -> Tensor:
+        """[batch, sequence, hidden] -> the same; `mask` as of `mask_of`, `memory` of this layer."""
+        hidden = hidden + self.dropout(self.self_attn(self.input_layernorm(hidden), rotation, mask, memory))
         return hidden + self.dropout(self.mlp(self.post_attention_layernorm(hidden)))
 
 
@@ -134,7 +154,13 @@ class Attention(nn.Module):
         self.grouped = keys != queries
         self.dropout = spec.dropout
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None = None,
+        memory: "KeyValues | None" = None,
+    ) -> Tensor:
         """[batch, sequence, hidden] -> the same; `mask` as of `mask_of`, in place of a causal one."""
         query, key, value = (
             projection(hidden).unflatten(-1, (-1, self.width)).transpose(1, 2)
@@ -143,12 +169,34 @@ class Attention(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
             query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+        if memory is not None:
+            key, value = memory.extend(key, value)
         dropout = self.dropout if self.training else 0.0
         causal = self.causal and mask is None
         mixed = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=causal, dropout_p=dropout, enable_gqa=self.grouped
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class KeyValues:
+    """Keys and values of one layer for the tokens so far, in room for `longest`."""
+
+    def __init__(self, longest: int) -> None:
+        self.length = 0
+        self._longest = longest
+        self._kept: Tensor | None = None
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of all tokens, these [batch, heads, sequence, width] being the last."""
+        if self._kept is None:
+            batch, heads, _, width = key.shape
+            self._kept = key.new_empty(2, batch, heads, self._longest, width)
+        end = self.length + key.shape[2]
+        self._kept[0, :, :, self.length : end] = key
+        self._kept[1, :, :, self.length : end] = value
+        self.length = end
+        return self._kept[0, :, :, :end], self._kept[1, :, :, :end]
 
 
 class MLP(nn.Module):
@@ -195,14 +243,22 @@ class Head(Linear):
         super().__init__(inputs, outputs, bias=False)
         self.chunked = chunked
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, *, by_sequence: bool = False) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        *,
+        by_sequence: bool = False,
+        by_token: bool = False,
+    ) -> Tensor:
         """Logits [batch, sequence, outputs], or with `targets` [batch, sequence] the summed cross-entropy (fp32); that
-        of each sequence, [batch], where `by_sequence`."""
+        of each sequence, [batch], where `by_sequence`, of each token, [batch, sequence], where `by_token`."""
         if targets is None:
             return F.linear(hidden, self.weight)
-        if by_sequence:
+        if by_sequence or by_token:
             rows, wanted = hidden.flatten(0, 1), targets.flatten()
-            return token_cross_entropy(rows, self.weight, wanted, chunked=self.chunked).view(targets.shape).sum(dim=1)
+            losses = token_cross_entropy(rows, self.weight, wanted, chunked=self.chunked).view(targets.shape)
+            return losses if by_token else losses.sum(dim=1)
         return summed_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), chunked=self.chunked)
 
 
@@ -213,14 +269,16 @@ def norm_of(spec: DecoderSpec) -> nn.Module:
     return nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
 
-def mask_of(starts: Tensor, dtype: torch.dtype) -> Tensor:
+def mask_of(starts: Tensor, dtype: torch.dtype, before: int = 0) -> Tensor:
     """What is added to the scores of attention where texts are packed: 0 from each token to itself and to those before
-    it in its text, -inf to all others. [batch, 1, sequence, sequence], of the queries' type, or each layer would cast.
+    it in its text, -inf to all others. [batch, 1, sequence, before + sequence], of the queries' type, or each layer
+    would cast.
 
-    `starts`: int64 [batch, sequence], where in its sequence the text of each token begins.
+    `starts`: int64 [batch, sequence], where in its sequence the text of each token begins; the first of these tokens is
+    the one after `before` others.
     """
-    places = torch.arange(starts.shape[1], device=starts.device)
-    seen = (places >= starts.unsqueeze(2)) & (places <= places.unsqueeze(1))
+    places = torch.arange(before + starts.shape[1], device=starts.device)
+    seen = (places >= starts.unsqueeze(2)) & (places <= places[before:].unsqueeze(1))
     mask = torch.zeros(seen.shape, dtype=dtype, device=starts.device)
     return mask.masked_fill_(seen.logical_not_(), float("-inf")).unsqueeze(1)
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from scaling.errors import UserError
 from scaling.imports import call_target
 from scaling.objectives.behaviour_cloning import flow_matching, regression
+from scaling.objectives.policy import PolicyLoss
 from scaling.objectives.preference import PreferenceLoss
 from scaling.records import IGNORED
-from scaling.spec.sections import DPO, SFT, BehaviourCloning, CausalLM, Factory
+from scaling.spec.sections import DPO, PPO, SFT, BehaviourCloning, CausalLM, Factory
 from scaling.spec.sections import Objective as ObjectiveSpec
 
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -39,6 +40,8 @@ def build_objective(
             return _causal_lm_from_logits if from_logits else _causal_lm
         case DPO():
             return PreferenceLoss(spec.beta, spec.label_smoothing)
+        case PPO():
+            return PolicyLoss(spec.clip_ratio, spec.value_clip, spec.value_coef)
         case BehaviourCloning(loss="flow_matching"):
             return flow_matching
         case BehaviourCloning():

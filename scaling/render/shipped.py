@@ -10,7 +10,7 @@ from scaling.spec import load_spec
 
 RECIPES = (
     *("atlas-vla", "atlas-vla-tiny", "gpt-stdlib", "gpt2-124m", "gpt2-350m", "gpt2-774m", "gpt2-1.5b", "gpt2-dolly"),
-    *("llama-8b", "minimind-pretrain", "minimind-sft", "minimind-lora", "minimind-dpo"),
+    *("llama-8b", "minimind-pretrain", "minimind-sft", "minimind-lora", "minimind-dpo", "minimind-ppo"),
 )
 """Not those for a CPU."""
 GPUS = (1, 4, 8)

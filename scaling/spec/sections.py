@@ -4,6 +4,7 @@ Every field has its unit, its meaning and the reason for its default below it; t
 World size is no field: it is an argument of everything that needs it.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -93,6 +94,8 @@ class Decoder(Section):
     """Dropout probability on embeddings, attention and residual branches. Default: none, as pretraining does today."""
     initializer_range: Positive = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it over sqrt(2 x layers)."""
+    value_head: bool = False
+    """A number for each token beside the logits, by which `ppo` foretells the reward; no other objective has it."""
 
     @property
     def linear_layers(self) -> tuple[str, ...]:
@@ -174,6 +177,8 @@ class Language(Decoder):
         yield from super().contradictions()
         if self.tie_word_embeddings:
             yield "`tie_word_embeddings` must be false for an encoder, which has no output head, but is true; drop it"
+        if self.value_head:
+            yield "`value_head` must be false for an encoder, which has no output head, but is true; drop it"
 
 
 class Fusion(_Transformer):
@@ -316,6 +321,72 @@ class DPO(Section):
     """As of causal_lm; chunked logits are computed a second time in the backward pass."""
 
 
+class Factory(Section):
+    """Code of your own: the function `target` is called with `arguments`. Its package must be allowed on the command
+    line (--allow-import); a spec cannot do that."""
+
+    kind: Literal["factory"]
+    target: Target
+    """Where the function is, "package.module:function"; the working folder is looked in first. As an objective it
+    returns a function of (module, micro-batch) to the loss summed over the target tokens."""
+    arguments: dict[str, Any] = {}
+    """Its keyword arguments."""
+
+
+class Overlap(Section):
+    """Reward: how much of the expected answer, the assistant's last words in the data, a response has; the F1 of their
+    words, 0 to 1, each word counted as often as it stands there (as SQuAD; Rajpurkar et al., 2016)."""
+
+    kind: Literal["overlap"]
+
+
+class Pattern(Section):
+    """Reward: 1 where a regular expression is found in the response, else 0."""
+
+    kind: Literal["pattern"]
+    pattern: Text
+    """As Python's `re.search` has it; `.` also matches line breaks."""
+
+    def contradictions(self) -> Iterator[str]:
+        try:
+            re.compile(self.pattern)
+        except (re.error, RecursionError) as error:
+            yield f"`pattern` must be a regular expression, but is not: {error}; correct it"
+
+
+class PPO(Section):
+    """Proximal policy optimisation (Schulman et al., 2017) of sampled responses to the prompts of `data`: all before
+    the assistant's last words. The reward comes with the last token; each token pays for what it is more probable than
+    by the model that training starts from (Ziegler et al., 2019). The loss is the mean over response tokens."""
+
+    kind: Literal["ppo"]
+    reward: Annotated[Overlap | Pattern | Factory, Field(discriminator="kind")]
+    """What a response is worth. A factory returns a function of (prompts, responses), lists of texts, to a list of
+    numbers."""
+    max_new_tokens: Size
+    """Longest response, tokens; prompts may have what that leaves of `data.sequence_length`."""
+    temperature: Positive = 1.0
+    """What logits are divided by, in sampling alone."""
+    rollout_steps: Count = 4
+    """Optimizer steps whose prompts are answered at a time, by the model as it is then."""
+    epochs: Count = 1
+    """How often each such set of responses is gone through."""
+    clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """A token's probability earns nothing beyond this change of it. Default: as the paper."""
+    value_clip: Positive = 0.2
+    """The same of the value, absolute. Default: as trl."""
+    value_coef: NonNegative = 0.5
+    """Weight of the value's squared error. Default: as the paper's for shared weights."""
+    kl_coef: NonNegative = 0.05
+    """Price of a nat away from the model that training starts from. Default: as trl."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of a reward for each token that it lies ahead. Default: none, as usual for responses."""
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Lambda of generalised advantage estimation (Schulman et al., 2016). Default: as the paper."""
+    cross_entropy: Literal["chunked", "plain"] = "chunked"
+    """As of dpo."""
+
+
 class BehaviourCloning(Section):
     """Actions as a demonstrator's: the error summed over the numbers of all actions that are no padding, over the whole
     step, divided by how many they are."""
@@ -332,24 +403,12 @@ class BehaviourCloning(Section):
             yield f'`error` must be absent for the loss "flow_matching", but is "{self.error}"; drop it'
 
 
-class Factory(Section):
-    """Code of your own: the function `target` is called with `arguments`. Its package must be allowed on the command
-    line (--allow-import); a spec cannot do that."""
-
-    kind: Literal["factory"]
-    target: Target
-    """Where the function is, "package.module:function"; the working folder is looked in first. As an objective it
-    returns a function of (module, micro-batch) to the loss summed over the target tokens."""
-    arguments: dict[str, Any] = {}
-    """Its keyword arguments."""
-
-
-Objective = Annotated[CausalLM | SFT | DPO | BehaviourCloning | Factory, Field(discriminator="kind")]
+Objective = Annotated[CausalLM | SFT | DPO | PPO | BehaviourCloning | Factory, Field(discriminator="kind")]
 
 
 def in_chunks(objective: Objective) -> bool:
     """Whether a decoder's loss takes a slice of the tokens at a time: for code of one's own it does."""
-    return not isinstance(objective, CausalLM | SFT | DPO) or objective.cross_entropy == "chunked"
+    return not isinstance(objective, CausalLM | SFT | DPO | PPO) or objective.cross_entropy == "chunked"
 
 
 # ---------------------------------------------------------------- data
@@ -1036,7 +1095,7 @@ class Spec(Section):
         model, objective = self.model, self.objective
         wanted = ("behaviour_cloning",) if isinstance(model, Vla) else ("causal_lm", "sft")
         if isinstance(model, Decoder):
-            wanted += ("dpo",)
+            wanted += ("dpo", "ppo")
         if not isinstance(objective, Factory) and objective.kind not in wanted:
             *most, last = [f'"{kind}"' for kind in wanted]
             either = f"{', '.join(most)} or {last}" if most else last
@@ -1055,6 +1114,7 @@ class Spec(Section):
                 f'`data.kind` must be "preference" for the objective "dpo" and no other, but is "{self.data.kind}" for '
                 f'"{objective.kind}"; set it to "{fitting}", or change `objective`'
             )
+        yield from self._sampling()
         if isinstance(self.data, ChatData) and self.data.packing and not isinstance(model, Decoder):
             yield (
                 f'`data.packing` must be false for a model of kind "{model.kind}", but is true: it cannot keep '
@@ -1067,6 +1127,34 @@ class Spec(Section):
                     f'`model.action.head` must be "{head}" for the loss "{objective.loss}", '
                     f'but is "{model.action.head}"; change one of them'
                 )
+
+    def _sampling(self) -> Iterator[str]:
+        """What ppo wants of the other sections, and what no other objective wants."""
+        model, objective, data = self.model, self.objective, self.data
+        if isinstance(model, Decoder) and model.value_head != isinstance(objective, PPO):
+            wanted = "true" if isinstance(objective, PPO) else "false"
+            yield (
+                f'`model.value_head` must be {wanted} for the objective "{objective.kind}", but is '
+                f"{str(model.value_head).lower()}; set it to {wanted}"
+            )
+        if not isinstance(objective, PPO):
+            return
+        if not isinstance(data, ChatData) or data.packing:
+            found = f"packed {data.kind}" if isinstance(data, ChatData) else data.kind
+            yield (
+                f'`data.kind` must be "chat", without packing, for the objective "ppo", but is {found}; set it, and '
+                "`data.packing` to false"
+            )
+        if objective.max_new_tokens >= data.sequence_length:
+            yield (
+                f"`objective.max_new_tokens` must be less than data.sequence_length ({data.sequence_length}), for "
+                f"prompts to have room, but is {objective.max_new_tokens}; lower it or lengthen the sequence"
+            )
+        if self.compile:
+            yield (
+                '`compile` must be false for the objective "ppo", whose sampling has another shape with each token, '
+                "but is true; set it to false"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON values, every default spelt out; `Spec` parses it back to an equal value."""
