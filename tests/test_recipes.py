@@ -85,7 +85,9 @@ def test_dolly_is_tuned_as_the_guide_says():
     assert spec.validation.interval == 50
 
 
-@pytest.mark.parametrize(("name", "lr"), [("pretrain", 5e-4), ("sft", 1e-6), ("lora", 1e-4), ("dpo", 4e-8), ("ppo", 8e-8)])
+@pytest.mark.parametrize(
+    ("name", "lr"), [("pretrain", 5e-4), ("sft", 1e-6), ("lora", 1e-4), ("dpo", 4e-8), ("ppo", 8e-8)]
+)
 def test_minimind_is_trained_as_the_guide_says(name, lr):
     spec = load_spec(f"minimind-{name}")
     assert (spec.model.hidden_size, spec.model.num_hidden_layers, spec.data.sequence_length) == (512, 8, 340)
