@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from scaling.doctor.case import Case, enough
 from scaling.doctor.robust import parts
 from scaling.doctor.rule import CannotJudge, Symptom, percent, rule, speaks
-from scaling.spec.sections import Spec, SyntheticData, TextData
+from scaling.spec.sections import PPO, Spec, SyntheticData, TextData
 from scaling.summarize import at, is_number
 from scaling.units import format_bytes, format_count, format_seconds
 
@@ -32,6 +32,8 @@ WAITS_S = 0.005
     advice="Put what is read on a fast local disk, and leave the loader's thread a core of its own.",
 )
 def data_wait(case: Case) -> Symptom | None:
+    if isinstance(case.spec.objective, PPO):
+        raise CannotJudge("the time in which the model answers prompts counts as waiting for data")
     pairs: list[tuple[float, float]] = []
     for step in case.run.warm:
         waited = at(step, "ranks", "of", "data", "max")
