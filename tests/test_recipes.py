@@ -5,6 +5,7 @@ import json
 import pytest
 from processes import ROOT, torchrun
 
+from benchmarks.recipe_pages import ABOUT, pages
 from scaling.run import resolve
 from scaling.spec import load_spec
 from scaling.spec.source import recipes
@@ -63,6 +64,12 @@ def test_none_is_forgotten():
 def test_full_recipes_resolve_on_one_four_and_eight(name):
     for world_size in (1, 4, 8):
         assert resolve(load_spec(name), world_size).plan.world_size == world_size
+
+
+def test_each_full_recipe_has_a_page_that_says_what_is_planned():
+    assert set(ABOUT) == {name for name in recipes() if not name.endswith("-tiny")} - {"gpt-stdlib"}
+    for path, text in pages():
+        assert path.read_text(encoding="utf-8") == text, "python -m benchmarks.recipe_pages"
 
 
 # The guides' own numbers.
