@@ -33,8 +33,8 @@ ABOUT = {
     "minimind-lora": "The same by adapters, the model's own weights frozen.",
     "minimind-dpo": "It learns which of two answers people prefer.",
     "minimind-ppo": "It learns from rewards of the answers that it gives itself.",
-    "atlas-vla": "A robot's policy: frozen vision backbone, language encoder at a small learning rate, fusion and action "
-    "head at the full one.",
+    "atlas-vla": "A robot's policy: frozen vision backbone, language encoder at a small learning rate, fusion and "
+    "action head at the full one.",
 }
 STARTS = {
     1: "python launch/train.py --spec {name}",
