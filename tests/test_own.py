@@ -26,9 +26,10 @@ def losses(folder: Path) -> list[float]:
 def test_the_example_has_one_curve_on_every_backend_and_goes_on_where_it_stopped(tmp_path):
     short = ("--set", "max_steps=12", "--set", "validation.interval=6", "--set", "profile.interval=1")
     curves = {}
-    for backend in ("single", "ddp", "fsdp", "deepspeed"):
+    for backend in ("single", "ddp", "fsdp", "zero2", "zero3"):
         folder = tmp_path / backend
-        flags = (*short, "--set", f"backend.kind={backend}", "--run-dir", str(folder))
+        kind = {"kind": "deepspeed", "zero_stage": int(backend[-1])} if "zero" in backend else {"kind": backend}
+        flags = (*short, "--set", f"backend={json.dumps(kind)}", "--run-dir", str(folder))
         done = torchrun(1 if backend == "single" else 2, EXAMPLE, *flags)
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
         curves[backend] = losses(folder)
@@ -37,7 +38,7 @@ def test_the_example_has_one_curve_on_every_backend_and_goes_on_where_it_stopped
     assert len(curves["single"]) == 12 and curves["single"][-1] < curves["single"][0] < np.log(256) + 0.1
 
     record = json.loads((tmp_path / "single" / "validation.jsonl").read_text().splitlines()[-1])
-    assert record["unit"] == "samples" and record["terms"] == 1024
+    assert record["unit"] == "samples" and record["tokens"] == 1024
 
     folder = tmp_path / "again"
     for flags in (("--stop-after", "5", "--set", "backend.kind=fsdp"), ("--set", "backend.kind=single")):

@@ -51,7 +51,8 @@ def build_deepspeed(
     if stage3 and (spec.compile or spec.activation_checkpointing == "selective"):
         # Parameters gathered block by block: hooks on every layer inside would break every graph, and what they run
         # would count among the operations that selective checkpointing expects to find again.
-        deepspeed.utils.set_z3_leaf_modules(model, {type(model.get_submodule(path)) for path in recipe.blocks})
+        if recipe.blocks:
+            deepspeed.utils.set_z3_leaf_modules(model, {type(model.get_submodule(path)) for path in recipe.blocks})
         for block in map(model.get_submodule, recipe.blocks):
             if any(parameter.requires_grad for parameter in block.parameters()):
                 block.register_forward_pre_hook(_ask_for_gradient)

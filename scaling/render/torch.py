@@ -61,6 +61,8 @@ def _wrap_plan(spec: Spec, backend: FSDP) -> list[dict[str, Any]]:
     """
     reshard = backend.reshard_after_forward
     plan = [{"modules": [block], "reshard_after_forward": reshard} for block in blocks(spec.model)]
+    if not plan:
+        return plan  # a module without blocks is one
     if isinstance(spec.model, Vla):
         table = {"modules": ["language.embed_tokens"], "reshard_after_forward": reshard}
         plan.insert(spec.model.vision.num_hidden_layers, table)
