@@ -527,7 +527,7 @@ class _KeepingLinear(torch.autograd.Function):
 def write_inventory(spec: Spec, allow_import: Sequence[str], tell: Callable[[str], None]) -> None:
     """Record the model of `spec`, and write its inventory file; `tell` hears what is under way. Raises UserError."""
     model = spec.model
-    assert isinstance(model, Recorded)
+    assert isinstance(model, Recorded) and model.inventory is not None, "there is a file to write"
     tell("building the model")
     with fake_tensors():
         module = build(model, allow_import)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from scaling.checkpoint.weights import WeightSource
-from scaling.data.dataset import MicroBatch
+from scaling.data.dataset import Dataset, MicroBatch, Samples
 from scaling.data.hashing import derive, derive_each
 from scaling.data.order import sample_indices
 from scaling.data.prompts import PromptDataset
@@ -100,14 +100,15 @@ class Rollouts:
         self._kept = kept
 
     def batches(
-        self, dataset: PromptDataset, first_samples: Iterator[int], tell: Callable[..., None]
-    ) -> Generator[list[ResponseBatch], None, None]:
+        self, dataset: Dataset, first_samples: Iterator[int], tell: Callable[..., None]
+    ) -> Generator[list[Samples], None, None]:
         """The micro-batches of this rank for each step whose first sample is given; collective calls.
 
         `tell(step, **facts)` hears of each rollout.
         """
         plan, steps = self._plan, self._spec.rollout_steps
         cycle, current = steps * self._spec.epochs, -1
+        assert isinstance(dataset, PromptDataset), "ppo has no others"
         whole: ResponseBatch | None = None
         for first in first_samples:
             step = first // plan.global_batch
@@ -119,8 +120,9 @@ class Rollouts:
             own = order[part * plan.global_batch :][: plan.global_batch]
             yield [self._micro_batch(whole, own, index) for index in range(plan.accumulation)]
 
-    def validate(self, dataset: PromptDataset, samples: int, step: int) -> ValidationRecord:
+    def validate(self, dataset: Dataset, samples: int, step: int) -> ValidationRecord:
         """What responses to held-out prompts are worth, always the same ones; the loss is minus their mean reward."""
+        assert isinstance(dataset, PromptDataset), "ppo has no others"
         began, samples = time.perf_counter(), min(samples, len(dataset))
         chosen = sample_indices(0, samples, len(dataset), seed=0)
         found = self._answer_all(dataset, chosen, derive(self._seed, _VALIDATION))
@@ -209,7 +211,7 @@ class Rollouts:
 
     def _sample(self, dataset: PromptDataset, indices: np.ndarray, keys: Tensor) -> Answered:
         """Answer these prompts, as many tokens for each as the longest response may have."""
-        process, spec = self._process, self._spec
+        process = self._process
         prompts = [dataset.prompt(index) for index in indices.tolist()]
         # As long on all ranks: collectives are in every forward pass.
         longest = max(process.gather_objects(max(map(len, prompts))))
@@ -229,9 +231,8 @@ class Rollouts:
             first = total - len(ids) + 1
             inputs[row, first:], targets[row, total - len(response) :] = ids[:-1], response
             begins[row, first:] = first
-        on = [torch.from_numpy(part).to(process.device) for part in (inputs, targets, begins)]
-        assert spec.max_new_tokens >= max(map(len, responses))
-        return Answered(*on, responses)
+        inputs, targets, begins = (torch.from_numpy(part).to(process.device) for part in (inputs, targets, begins))
+        return Answered(inputs, targets, begins, responses)
 
     def _generate(self, rows: Tensor, starts: Tensor, keys: Tensor, stop: np.ndarray) -> Tensor:
         """Sampled ids, int64 [rows, tokens], of which those after a response's end mean nothing.

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pyarrow as arrow
 import pyarrow.parquet as parquet
@@ -147,7 +148,6 @@ def test_version_3_holds_the_same(folder):
 
 def as_video(folder: Path, version: str) -> None:
     """Images of one camera moved to a video: of each episode, or of all in turn."""
-    av = pytest.importorskip("av")
     info = json.loads((folder / INFO).read_text())
     name = "observation.images.wrist"
     info["features"][name]["dtype"] = "video"
@@ -172,7 +172,7 @@ def as_video(folder: Path, version: str) -> None:
         numbers = {"episode_chunk": 0, "episode_index": number, "chunk_index": 0, "file_index": 0}
         path = info["video_path"].format(video_key=name, **numbers)
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        _write_video(av, folder / path, own)
+        _write_video(folder / path, own)
     if not old:
         columns = {
             "episode_index": [one["episode_index"] for one in places],
@@ -185,7 +185,7 @@ def as_video(folder: Path, version: str) -> None:
     (folder / INFO).write_text(json.dumps(info))
 
 
-def _write_video(av, path: Path, frames: list[bytes]) -> None:
+def _write_video(path: Path, frames: list[bytes]) -> None:
     import io
 
     from PIL import Image

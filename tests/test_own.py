@@ -132,6 +132,13 @@ def test_mistakes_are_told_without_a_traceback(tmp_path, changes, flags, told):
     assert "Traceback" not in done.stderr
 
 
+def test_an_inventory_wants_a_file(tmp_path):
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(SPEC))
+    done = python("-m", "scaling.inventory", str(path), *ALLOWED, paths=str(ROOT / "tests"))
+    assert done.returncode == 2 and "`model.inventory` must be the file to write, but is null" in done.stderr
+
+
 def test_the_planner_says_what_it_lacks(tmp_path):
     path = tmp_path / "spec.json"
     path.write_text(json.dumps(SPEC))

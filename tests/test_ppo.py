@@ -198,7 +198,10 @@ def test_rewards():
     [
         ({"model": SPEC["model"] | {"value_head": False}}, '`model.value_head` must be true for the objective "ppo"'),
         ({"objective": {"max_new_tokens": 96}}, "`objective.max_new_tokens` must be less than data.sequence_length"),
-        ({"objective": {"reward": {"kind": "pattern", "pattern": "("}}}, "`objective.reward.pattern` must be a regular expression"),
+        (
+            {"objective": {"reward": {"kind": "pattern", "pattern": "("}}},
+            "`objective.reward.pattern` must be a regular expression",
+        ),
         ({"compile": True}, '`compile` must be false for the objective "ppo"'),
         ({"objective": {"max_new_tokens": 90}}, "must hold prompts of at most 6 tokens"),
         (

@@ -240,7 +240,10 @@ def test_a_run_prefers_what_it_is_shown_and_goes_on_with_the_same_reference(tmp_
         ({"objective": {"kind": "causal_lm"}}, '`data.kind` must be "preference" for the objective "dpo" and no other'),
         ({"data": {"kind": "synthetic", "sequence_length": 8}}, '`data.kind` must be "preference" for the objective'),
         ({"objective": {"kind": "dpo", "label_smoothing": 0.5}}, "label_smoothing"),
-        ({"objective": {"kind": "behaviour_cloning"}}, 'must be "causal_lm", "sft", "dpo" or "ppo" for a model of kind'),
+        (
+            {"objective": {"kind": "behaviour_cloning"}},
+            'must be "causal_lm", "sft", "dpo" or "ppo" for a model of kind',
+        ),
     ],
 )
 def test_specs_that_cannot_be(tmp_path, changes, message):

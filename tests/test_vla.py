@@ -362,7 +362,10 @@ def test_validation_leaves_out_what_is_too_much() -> None:
             ["objective.loss=flow_matching", "objective.error=l1", "model.action.head=velocity"],
             '`objective.error` must be absent for the loss "flow_matching"',
         ),
-        (['data={"kind":"text","train":["python-stdlib"],"sequence_length":8}'], '`data.kind` must be "episodes" or "synthetic"'),
+        (
+            ['data={"kind":"text","train":["python-stdlib"],"sequence_length":8}'],
+            '`data.kind` must be "episodes" or "synthetic"',
+        ),
         (["model.vision.patchsize=4"], "did you mean `patch_size`?"),
     ],
 )

@@ -294,8 +294,12 @@ def _images(
     def write(counts: TokenCounts) -> Iterator[np.ndarray]:
         wrong: dict[int, str] = {}
         row = 0
+
+        def note(why: str) -> None:
+            wrong.setdefault(row, why)
+
         with progress_in_bytes(f"decoding the images of {folder.path}", pixels) as advance:
-            streams = [folder.images(camera, size, lambda why: wrong.setdefault(row, why)) for camera in cameras]
+            streams = [folder.images(camera, size, note) for camera in cameras]
             for views_now in zip(*streams, strict=True):
                 counts.documents += 1
                 yield np.stack(views_now).reshape(-1)

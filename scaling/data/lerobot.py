@@ -126,7 +126,9 @@ class Folder:
         return Rows(
             joined[self.state_name],
             joined[self.action_name],
-            *(joined[name] for name in NUMBERS),
+            joined["episode_index"],
+            joined["frame_index"],
+            joined["task_index"],
             np.repeat(np.arange(len(counts)), counts),
         )
 
@@ -455,7 +457,8 @@ def _runs(names: np.ndarray) -> Iterator[tuple[int, int]]:
 def _decode_video(file: Path) -> Iterator[tuple[float, np.ndarray]]:
     """Each frame of a video with its time in seconds."""
     try:
-        import av  # pyright: ignore[reportMissingImports] - an optional package
+        import av
+        from av.error import FFmpegError
     except ImportError:
         raise UserError(
             f"`data` must have images where PyAV is not installed, but {file} is a video; `pip install av`"
@@ -464,5 +467,5 @@ def _decode_video(file: Path) -> Iterator[tuple[float, np.ndarray]]:
         with av.open(str(file)) as container:
             for frame in container.decode(video=0):
                 yield float(frame.time or 0.0), frame.to_ndarray(format="rgb24")
-    except (OSError, ValueError, av.FFmpegError) as error:
+    except (OSError, ValueError, FFmpegError) as error:
         raise UserError(f"{file} must be a video, but cannot be read: {error}; fetch it again") from None

@@ -7,7 +7,7 @@ from typing import Any
 from scaling.doctor.case import LEAST, Case, enough, longer_warm_up, scaled_lr, told
 from scaling.doctor.robust import above_before, noise, off_trend, rounded, whole
 from scaling.doctor.rule import CannotJudge, Symptom, percent, rule
-from scaling.spec.sections import Decoder, SyntheticData
+from scaling.spec.sections import Decoder, FactoryData, SyntheticData
 from scaling.summarize import is_number
 
 WINDOW = 5
@@ -426,8 +426,8 @@ VALIDATIONS = 5
 )
 def validation_rare(case: Case) -> Symptom | None:
     spec, length = case.spec, case.length
-    if isinstance(spec.data, SyntheticData):
-        raise CannotJudge("its data are synthetic")
+    if isinstance(spec.data, SyntheticData | FactoryData):
+        raise CannotJudge("its data are synthetic, or of a program's own")
     if length < SHORT or (spec.validation is not None and spec.validation.interval * VALIDATIONS <= length):
         return None
     changes: dict[str, Any] = {"validation.interval": whole(length / 20)}

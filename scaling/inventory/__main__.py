@@ -61,6 +61,10 @@ def _document(options: Namespace) -> tuple[Document, list[str]]:
 
 def _record(spec: Spec, document: Document, options: Namespace) -> None:
     assert isinstance(spec.model, Recorded)
+    if spec.model.inventory is None:
+        raise UserError(
+            "`model.inventory` must be the file to write, but is null; name one: `--set model.inventory=own.json`"
+        )
     if isinstance(spec.model, FactoryModel):
         check_allowed(spec.model.target, options.allow_import, "model.target")
     try:

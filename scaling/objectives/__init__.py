@@ -53,7 +53,7 @@ def build_objective(
                     f"`objective.target` must return a function of (module, micro-batch), but {spec.target} returns "
                     f"a {type(objective).__name__}; correct it"
                 )
-            return _by_sample(objective, spec.target) if by_sample else cast(Objective, objective)
+            return _by_sample(cast(Objective, objective), spec.target) if by_sample else cast(Objective, objective)
 
 
 def _by_sample(loss: Callable[[nn.Module, Any], Tensor], name: str) -> Objective:

@@ -121,8 +121,9 @@ class Yardsticks:
 
     def share(self, tokens_per_second: float, of: float | None) -> float | None:
         """What share of so many FLOP/s a device uses; None where one of the numbers is not known."""
-        known = of is not None and self.flops_per_token is not None
-        return tokens_per_second * self.flops_per_token / of if known else None
+        if of is None or self.flops_per_token is None:
+            return None
+        return tokens_per_second * self.flops_per_token / of
 
 
 class Recorder:
