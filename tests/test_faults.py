@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from processes import run
 
 from benchmarks.faults import chaos, corruption, runs
 
@@ -89,3 +90,12 @@ def test_a_row_fails_where_one_trial_failed_or_none_was_made():
     assert runs.finish(options, "x", [good], 1) == 0
     assert runs.finish(options, "x", [good, bad], 1) == 1
     assert runs.finish(options, "x", [good, none], 1) == 1
+
+
+def test_a_loss_is_made_nan_where_it_is_told(tmp_path):
+    """The step that the checks of non-finite losses stand on, in a real run."""
+    path, flags = tmp_path / "run", ("--set", "max_steps=8", "--set", "backend.kind=single")
+    words = ("env", "FAULT_NAN=0:5", "python", "benchmarks/faults/launch.py", "--spec", "benchmarks/faults/spec.json")
+    done = run(*words, "--run-dir", str(path), *flags)
+    assert done.returncode == 4 and "at step" in done.stderr, done.stdout[-500:] + done.stderr[-2000:]
+    assert any(line["bad_ranks"] == [0] for line in runs.read_lines(path))

@@ -227,8 +227,8 @@ def _spoil_loss(number: int) -> None:
 
     build, count = objectives.build_objective, 0
 
-    def building(*arguments: Any) -> Any:
-        objective = build(*arguments)
+    def building(*arguments: Any, **options: Any) -> Any:
+        objective = build(*arguments, **options)
 
         def spoilt(module: Any, batch: Any) -> Any:
             nonlocal count

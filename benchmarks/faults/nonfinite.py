@@ -27,7 +27,8 @@ def stop(work: Path, options: argparse.Namespace) -> list[Row]:
         code, output = _train(folder, backend, step, place, ["on_nonfinite=stop"])
         problems = [] if code == 4 and f"at step {step} the loss of rank 1" in output else [f"{code}: {output[-1500:]}"]
         lines = runs.curve(folder)
-        problems += _told(lines, step) + ([] if max(lines) == step else [f"it went on to step {max(lines)}"])
+        last = max(lines, default=0)
+        problems += _told(lines, step) + ([] if last == step else [f"it went on to step {last}"])
         newest, damaged = runs.newest(folder)
         wanted = (step - 1) // 3 * 3 or None
         problems += damaged + ([] if newest == wanted else [f"the newest checkpoint is {newest}, not {wanted}"])
