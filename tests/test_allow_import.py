@@ -82,6 +82,7 @@ def changed(spec, path, value):
 
 
 @pytest.mark.fault("S4")
+@pytest.mark.fault("S6")
 def test_no_spec_imports_anything_by_itself(tmp_path):
     package = tmp_path / "sentinel_package"
     package.mkdir()
@@ -126,6 +127,19 @@ def test_the_command_refuses_what_is_not_allowed(tmp_path):
         assert "pass --allow-import own_objectives" in done.stderr and len(done.stderr.splitlines()) == 1
     done = train(tmp_path / "run", "--allow-import", "*")
     assert done.returncode == 2 and "must be a package" in done.stderr
+
+
+@pytest.mark.fault("S6")
+def test_a_checkpoint_permits_nothing(tmp_path):
+    """A run that was allowed to import goes on only where the command line allows it again."""
+    own, folder = ("--set", PLAIN), tmp_path / "run"
+    assert train(folder, *own, "--allow-import", "own_objectives", "--stop-after", "2").returncode == 0
+    assert list((folder / "checkpoints").glob("step-*"))
+    for more in ((), ("--resume", str(folder / "checkpoints"))):
+        done = train(folder, *own, *more)
+        assert done.returncode == 2 and "`objective.target` must be in a package" in done.stderr
+        assert "importing own_objectives" not in done.stdout + done.stderr
+    assert train(folder, *own, "--allow-import", "own_objectives").returncode == 0
 
 
 @pytest.mark.fault("S4")

@@ -25,6 +25,7 @@ LONG = {
     "corruption": "corruption",
     "crash-command": "crash_points --only command --trainings 8",
     "crash-savers": "crash_points --only savers",
+    "specs": "specs --count 10000",
     "disk-full": "disk --only full",
     "disk": "disk --only limited,unusable,vanished,locked --rounds 100",
     "suite": "suite",
@@ -36,6 +37,7 @@ FAST = {
     "disk": "disk --rounds 3",
     "corruption": "corruption",
     "nonfinite": "nonfinite --places 1",
+    "specs": "specs --count 300 --commands 20",
     "moves": "moves --only chain,order,changed",
     "suite": "suite",
 }

@@ -1,6 +1,6 @@
 """Ten thousand wrong specs and command lines: none may end in a traceback, hang, or be refused in other than one line.
 
-    python -m benchmarks.faults.specs --count 10000 --seed 7 --out benchmarks/results/faults-specs.json
+    python -m benchmarks.faults.specs --count 10000 --seed 7 --out benchmarks/results/faults/specs.json
 
 Mutations of valid specs (benchmarks/faults/mutations.py) are checked in this process by what both commands do before
 torch is imported; a share of them and all that is no regular file go through the real commands, each with a time limit.
@@ -21,6 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from benchmarks.faults.mutations import (
     valid_specs,
     written,
 )
+from benchmarks.faults.runs import Row, write_result
 from scaling.errors import UserError
-from scaling.run_folder import environment
 from scaling.spec import load_spec, parse_spec
 from scaling.spec.__main__ import validate
 from scaling.spec.document import document_of
@@ -284,13 +285,17 @@ def alarm(seconds: float) -> Iterator[None]:
 
 
 def report(findings: Findings, count: int, seed: int, seconds: float) -> dict[str, Any]:
-    """The findings as plain JSON values."""
+    """The findings as plain JSON values, among them the row of the table."""
+    totals = dict(sum(findings.outcomes.values(), Counter[str]()))
+    trials = sum(totals.values())
+    what = "wrong specs, special files and command lines: no traceback, no hang, each refused in one line or accepted"
+    row = Row("S1", what, trials, trials - len(findings.failures))
     return {
-        "environment": environment(1, "cpu"),
         "seed": seed,
         "count": count,
         "seconds": round(seconds, 1),
-        "totals": dict(sum(findings.outcomes.values(), Counter[str]())),
+        "rows": [asdict(row)],
+        "totals": totals,
         "outcomes": {name: dict(outcomes) for name, outcomes in sorted(findings.outcomes.items())},
         "message_lines": findings.lines,
         f"message_lines_over_{LINE}_characters": findings.long_lines,
@@ -311,7 +316,7 @@ def main() -> int:
         files(findings)
     result = report(findings, options.count, options.seed, time.perf_counter() - began)
     if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.out, "specs", result)
     print(json.dumps({**result, "failures": len(findings.failures)}, indent=1))
     for failure in findings.failures[:20]:
         print(json.dumps(failure), file=sys.stderr)

@@ -39,6 +39,7 @@ WHAT = {
     "S4": "specs that name code: nothing is imported without --allow-import",
     "S5": "checkpoints and weights of an attacker's make: refused in one line, no code runs, no other file is read",
     "S5 control": "the planted code does run where pickles are believed",
+    "S6": "what lets code in is the command line's alone: neither a spec nor a checkpoint can set it",
     "S7": "secrets in environment, spec and errors: none in the folder of a run",
     "S8": "names and folders of runs that lead elsewhere: refused",
     "S9": "a run on one machine listens to nobody else; its folder is its owner's alone",
