@@ -4,22 +4,22 @@ It is asked once, before the first step, and what it said is kept in the run fol
 backend and number of ranks, compares with the very same numbers, and no second model is ever in memory.
 """
 
-import logging
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from scaling.data.preference import PreferenceDataset
+from scaling.data.progress import progress_in_items
 from scaling.engine.process import Process
 from scaling.engine.protocol import Engine
 from scaling.errors import CheckpointError, StorageError
 from scaling.objectives.preference import log_probabilities
 from scaling.watch.heartbeat import Heartbeat
-
-logger = logging.getLogger("scaling")
 
 
 def with_reference(
@@ -58,7 +58,7 @@ def _ask(
     """Each rank asks about its share, all of them equally often: collectives are in every forward pass."""
     found = torch.zeros(len(dataset), 2, dtype=torch.float64)
     engine.module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _progress(process, len(dataset)) as advance:
         for first in range(0, len(dataset), micro_batch * process.world_size):
             heartbeat.part()
             places = first + process.rank * micro_batch + np.arange(micro_batch)
@@ -66,9 +66,16 @@ def _ask(
             told = log_probabilities(engine.module, batch).double().cpu()
             mine = places < len(dataset)
             found[torch.from_numpy(places[mine])] = told[torch.from_numpy(mine)]
+            advance(min(micro_batch * process.world_size, len(dataset) - first))
     engine.module.train()
-    logger.info(f"the reference has been asked about {len(dataset):,} pairs")
     return process.sum_over_ranks(found.to(process.device)).cpu().float()
+
+
+def _progress(process: Process, pairs: int) -> AbstractContextManager[Callable[[int], None]]:
+    """One bar for all ranks."""
+    if process.is_main:
+        return progress_in_items("asking the reference", pairs, "pairs")
+    return nullcontext(lambda count: None)
 
 
 def _write(path: Path, found: torch.Tensor) -> None:

@@ -95,6 +95,27 @@ def test_initial_values_are_of_their_part() -> None:
     assert not values["action_head.bias"].any() and values["action_head.weight"].any()
 
 
+def test_an_untrained_backbone_tells_patches_and_places_at_one_scale() -> None:
+    spec = load_spec(str(SPECS / "vla-parity.json"))
+    recipe = model_recipe(spec)
+    values = {p.name: recipe.initial_value(p.name, torch.Size(p.shape)) for p in parameters(spec.model)}
+    places, patch = values["vision.embed_positions.weight"], values["vision.patch_embed.weight"]
+    apart = torch.cdist(places, places) + torch.eye(len(places)) * 1e3
+    assert apart.min() > 0.5
+    assert places.square().mean() == pytest.approx(0.5, rel=0.01)
+    assert (torch.randn(200, patch.shape[1]) @ patch.T).std() == pytest.approx(1.0, rel=0.2)
+
+
+def test_each_part_has_its_own_initial_range() -> None:
+    spec = load_spec(str(SPECS / "vla-parity.json"))
+    fusion = spec.model.fusion.model_copy(update={"initializer_range": 0.2})
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"fusion": fusion})})
+    recipe = model_recipe(spec)
+    deviation = {p.name: recipe.initial_value(p.name, torch.Size(p.shape)).std() for p in parameters(spec.model)}
+    assert deviation["fusion.layers.0.cross_attn.q_proj.weight"] == pytest.approx(0.2, rel=0.1)
+    assert deviation["language.layers.0.self_attn.q_proj.weight"] == pytest.approx(0.02, rel=0.1)
+
+
 def positions(model) -> int:
     return sample_length(SimpleNamespace(model=model, data=SimpleNamespace(sequence_length=TOKENS)))
 
@@ -398,11 +419,11 @@ def test_it_learns_and_what_is_frozen_stays_to_the_bit(tmp_path: Any) -> None:
     losses = curve(run)
     assert np.mean(losses[-10:]) < 0.55 * losses[0], losses[::10]
     recipe = model_recipe(load_spec(spec))
+    shapes = {p.name: torch.Size(p.shape) for p in parameters(load_spec(spec).model)}
     for name, value in masters(run, 120).items():
-        start = recipe.initial_value(name, value.shape if value.dim() > 1 else torch.Size([value.numel()])).flatten()
+        start = recipe.initial_value(name, shapes[name]).flatten()
         if name.startswith("vision."):
-            shape = next(p.shape for p in parameters(load_spec(spec).model) if p.name == name)
-            assert torch.equal(value.flatten(), recipe.initial_value(name, torch.Size(shape)).flatten()), name
+            assert torch.equal(value.flatten(), start), name
         elif name.endswith("_proj.weight"):
             assert not torch.equal(value.flatten(), start), name
 

@@ -8,11 +8,13 @@ from typing import Any
 _HARMLESS = (
     *("$schema", "name", "profile.*", "tracking.*", "checkpoint*", "validation*", "timeouts.*", "initialize_from"),
     *("on_nonfinite", "nonfinite_limit", "backend.*", "batch.*", "data.cache", "data.train*", "data.validation*"),
-    *("activation_checkpointing", "compile", "objective.cross_entropy", "model.initializer_range"),
+    *("activation_checkpointing", "compile", "objective.cross_entropy"),
+    *("model.initializer_range", "model.*.initializer_range"),
 )
 """Fields that leave the curve as it is, or (batch, data) whose effect is compared by what comes of it, not by words."""
 _CONTINUES = (
-    *("model.dropout", "lora.dropout", "optimizer.*", "param_groups*", "lr_scaling.*", "schedule.*", "precision"),
+    *("model.dropout", "model.*.dropout", "lora.dropout"),
+    *("optimizer.*", "param_groups*", "lr_scaling.*", "schedule.*", "precision"),
     *("max_steps", "epochs", "max_grad_norm"),
 )
 """Fields after whose change the curve goes on otherwise."""

@@ -10,23 +10,37 @@ from contextlib import contextmanager
 @contextmanager
 def progress_in_bytes(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the number of bytes dealt with since its last call."""
+    with _progress(title, total_bytes, f"{total_bytes / 1e6:.1f} MB", counted=False) as advance:
+        yield advance
+
+
+@contextmanager
+def progress_in_items(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with the number of items dealt with since its last call; `unit` is their plural."""
+    with _progress(title, total, f"{total:,} {unit}", counted=True) as advance:
+        yield advance
+
+
+@contextmanager
+def _progress(title: str, total: int, told: str, *, counted: bool) -> Iterator[Callable[[int], None]]:
     logger, started = logging.getLogger(__name__), time.monotonic()
     if sys.stderr.isatty():
-        with _bar(title, total_bytes) as advance:
+        with _bar(title, total, counted=counted) as advance:
             yield advance
     else:
-        logger.info("%s: %.1f MB", title, total_bytes / 1e6)
+        logger.info("%s: %s", title, told)
         yield lambda count: None
     logger.info("%s: done in %.1f s", title, time.monotonic() - started)
 
 
 @contextmanager
-def _bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+def _bar(title: str, total: int, *, counted: bool) -> Iterator[Callable[[int], None]]:
     # Here and not above: only a terminal needs it.
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    amount = MofNCompleteColumn() if counted else DownloadColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total_bytes)
+        task = progress.add_task(title, total=total)
         yield lambda count: progress.advance(task, count)

@@ -214,6 +214,7 @@ def _vit(part: Vision | Fusion, positions: int) -> Decoder:
         position="learned",
         bias=True,
         dropout=part.dropout,
+        initializer_range=part.initializer_range,
     )
 
 

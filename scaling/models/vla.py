@@ -4,6 +4,8 @@ Vision and language are encoders of a decoder's blocks; the fusion is a transfor
 action, which looks at the tokens of both and at the state. `Vla(spec)(images, instruction, state)` gives actions.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,13 @@ from scaling.spec.sections import Language as LanguageSpec
 from scaling.spec.sections import Vision as VisionSpec
 from scaling.spec.sections import Vla as VlaSpec
 
+PATCH_WAVES = 4.0, 40.0
+"""Shortest and longest wavelength that tells a patch's place at first, in patches."""
+VIEW_STD = 0.5
+INWARDS = "vision.patch_embed", "fusion.state_proj", "fusion.action_proj", "fusion.time_proj"
+"""What projects data begins by giving of it what has about its deviation, however few numbers it has."""
+HEAD_STD = 0.02
+"""Actions begin near their mean."""
 LONGEST_WAVE = 10_000.0
 """Of the features of a time, whose unit is a thousandth of its way from 0 to 1; radians (as DiT)."""
 
@@ -25,7 +34,16 @@ def vla_recipe(spec: VlaSpec, seed: int) -> ModelRecipe:
     by_part = shapes(spec)
 
     def fill(name: str, value: Tensor, generator: torch.Generator) -> None:
-        fill_parameter(by_part.get(name.partition(".")[0], by_part["fusion"]), name, value, generator)
+        if name == "vision.embed_positions.weight":
+            _fill_with_places(value)
+        elif name == "vision.embed_views.weight":
+            value.normal_(0.0, VIEW_STD, generator=generator)
+        elif name.endswith(".weight") and name.removesuffix(".weight") in INWARDS:
+            value.normal_(0.0, value.shape[1] ** -0.5, generator=generator)
+        elif name == "action_head.weight":
+            value.normal_(0.0, HEAD_STD, generator=generator)
+        else:
+            fill_parameter(by_part.get(name.partition(".")[0], by_part["fusion"]), name, value, generator)
 
     return ModelRecipe(build=lambda: Vla(spec), fill=fill, blocks=blocks(spec), seed=seed)
 
@@ -233,6 +251,23 @@ class TimeEmbed(Inwards):
         exponents = torch.arange(half, device=values.device, dtype=torch.float32) / half
         angles = 1000 * values.float().unsqueeze(1) * LONGEST_WAVE**-exponents
         return super().forward(torch.cat((angles.sin(), angles.cos()), dim=1))
+
+
+def _fill_with_places(value: Tensor) -> None:
+    """Sines and cosines of row and column (as He et al., 2022), [patches, hidden].
+
+    They and the patches begin at one scale: a backbone that is neither loaded nor trained still lets through what it
+    sees, and where.
+    """
+    count, width = value.shape
+    waves = width // 4
+    shortest, longest = PATCH_WAVES
+    lengths = shortest * (longest / shortest) ** (torch.arange(waves) / max(1, waves))
+    places = torch.arange(count)
+    value.zero_()
+    for first, along in ((0, places // math.isqrt(count)), (2 * waves, places % math.isqrt(count))):
+        angles = 2 * math.pi * along.unsqueeze(1) / lengths
+        value[:, first : first + 2 * waves] = torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
 def _trains(module: nn.Module) -> bool:
