@@ -27,7 +27,7 @@ from scaling.estimate.memory import (
     FRAGMENTS_HIGH,
     FRAGMENTS_LOW,
 )
-from scaling.estimate.report import PHASES, report
+from scaling.estimate.report import report
 from scaling.estimate.search import MARGIN, Candidate, Found, flags, known, search
 from scaling.groups import Group
 from scaling.hardware import GPU, GPUS, Cluster, load_hardware, parse_gpus
@@ -316,10 +316,19 @@ PART_WORDS = {
     "communication": "buffers and gathered copies for exchanges between ranks",
     "workspace": "short-lived results of operations",
     "framework": "what libraries hold",
+    "sampling": "a step's share of the sampling of a rollout",
+    "scoring": "the same of what the model and the reference make of each token",
     "compute": "forward and backward passes, with what is made again",
     "communication_exposed": "exchanges that no computation hides",
     "offload_exposed": "copies to and from the host that no computation hides",
     "overhead": "launching kernels, Python, the data",
+}
+PHASE_WORDS = {
+    "build": "while all is made",
+    "rollout": "while prompts are answered and the answers scored",
+    "forward": "at the most in a forward pass",
+    "backward": "in a backward pass",
+    "optimizer": "in the update",
 }
 TIME_WORDS = {"optimizer": "the update of the weights"}
 
@@ -350,8 +359,13 @@ def _ledger(candidate: Candidate, groups: Sequence[Group]) -> list[Sheet]:
         ],
     ]
     rows += [[str(name), format_bytes(int(size)), str(what), str(how)] for name, size, what, how in sums]
+    rows += [
+        [f"in {name}", format_bytes(size), "allocated, " + PHASE_WORDS[name], ""]
+        for name, size in memory.phases.items()
+    ]
     times = [
-        [name, _duration(duration.parts.get(name)), TIME_WORDS.get(name, PART_WORDS.get(name, ""))] for name in PHASES
+        [name, _duration(seconds), TIME_WORDS.get(name, PART_WORDS.get(name, ""))]
+        for name, seconds in duration.parts.items()
     ]
     times.append(["step", _duration(duration.step_seconds), "their sum: one optimizer step"])
     columns = ["part", ">bytes", "what it is", "formula or source"]

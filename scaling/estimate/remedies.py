@@ -4,6 +4,7 @@ from scaling.errors import UserError
 from scaling.estimate.search import Candidate, Found, first_fit, largest_parts, sequences_per_rank
 from scaling.hardware import Cluster
 from scaling.spec import Spec, change_spec
+from scaling.spec.sections import PPO
 from scaling.units import GiB
 
 MOST_GPUS = 4096
@@ -61,7 +62,8 @@ def _shorter(spec: Spec, cluster: Cluster, margin: float) -> list[str]:
     """The longest sequence, of halves of the spec's own, with which something fits."""
     lengths: list[int] = []
     length = spec.data.sequence_length
-    while length % 2 == 0 and length > SHORTEST:
+    answers = spec.objective.max_new_tokens if isinstance(spec.objective, PPO) else 0
+    while length % 2 == 0 and length > SHORTEST and length >> 1 > answers:
         length >>= 1
         lengths.append(length)
     specs = {length: change_spec(spec, data=spec.data.model_dump() | {"sequence_length": length}) for length in lengths}
