@@ -35,6 +35,7 @@ from scaling.imports import add_allow_import
 from scaling.inventory import sample_length
 from scaling.render import render
 from scaling.spec import Document, Spec, parse_spec, placed, read_document
+from scaling.spec.sections import PPO
 from scaling.units import GiB, format_bytes, format_count, format_seconds
 from scaling.view import PART_SIGNS, Bar, Sheet, print_sheet
 
@@ -349,7 +350,7 @@ def _ledger(candidate: Candidate, groups: Sequence[Group]) -> list[Sheet]:
         ["device", memory.device_used_bytes, "what nvidia-smi would show", around],
         ["at least", memory.low_bytes, "lower end of the band around it", f"x {FRAGMENTS_LOW}"],
         ["at most", memory.high_bytes, "upper end, which must fit", f"x {FRAGMENTS_HIGH}"],
-        ["host", memory.host_bytes, "host memory, for what is offloaded", "pinned; the engine's buffers included"],
+        ["host", memory.host_bytes, _host_words(spec), "pinned; the engine's buffers included"],
         ["staging", memory.staging_bytes, "host memory, the copy that is saved", f"the next line / {ranks}"],
         [
             "checkpoint",
@@ -373,6 +374,11 @@ def _ledger(candidate: Candidate, groups: Sequence[Group]) -> list[Sheet]:
         Sheet(f"memory of {_words(candidate)}", columns, rows),
         Sheet("time of one optimizer step", ["part", ">time", "what it is"], times),
     ]
+
+
+def _host_words(spec: Spec) -> str:
+    found = "host memory, for what is offloaded"
+    return f"{found}, the reference and a rollout" if isinstance(spec.objective, PPO) else found
 
 
 def _traced(spec: Spec, found: Found, traced: dict[str, Any]) -> Sheet:

@@ -313,6 +313,7 @@ def _answered(job: Job, engine: "Engine", process: "Process", meter: "MemoryMete
         while True:
             with meter.phase("rollout"):
                 found = next(batches)
+            meter.label("other", reference)  # which has been the model's meanwhile
             yield found
             del found
 

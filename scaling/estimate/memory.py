@@ -95,8 +95,8 @@ class MemoryModel:
         batch, host = sum(batch_sizes(self._spec, plan, cuda=self._cuda)), 0
         beside = {"build": 0, "rollout": batch}
         if isinstance(objective := self._spec.objective, PPO):
-            host, seen = rollout_bytes(objective, plan)
-            batch += 0 if self._cuda else seen
+            host = rollout_bytes(objective, plan)
+            batch += 0 if self._cuda else host  # where host and device are one
             beside["rollout"] = batch + answers_bytes(objective, plan)
         phase, parts, phases = curve.peak(micro_batch, batch, beside)
         return self._estimate(sum(parts.values()), phase, parts, phases, curve.host_bytes + host)

@@ -18,8 +18,6 @@ SCORE_BYTES = 4 * FLOAT
 """The same once it is scored: its log-probability, that and the value as the model gives them, and the reference's."""
 BATCH = (LONG, LONG, LONG, FLOAT, FLOAT, FLOAT, FLOAT)
 """Bytes of each token in the tensors of `ResponseBatch`."""
-LIVE_BYTES = 2 * FLOAT
-"""Of them, what on a CPU is made by torch and so counted for a whole rollout: advantages and returns."""
 
 
 def shares(objective: PPO, plan: BatchPlan) -> int:
@@ -33,10 +31,9 @@ def answers_bytes(objective: PPO, plan: BatchPlan) -> int:
     return (ANSWER_BYTES + SCORE_BYTES) * tokens
 
 
-def rollout_bytes(objective: PPO, plan: BatchPlan) -> tuple[int, int]:
-    """What every rank keeps of a rollout in host memory, and what of it a CPU's count of tensors sees."""
-    tokens = objective.rollout_steps * plan.global_batch * plan.sequence_length
-    return sum(BATCH) * tokens, LIVE_BYTES * tokens
+def rollout_bytes(objective: PPO, plan: BatchPlan) -> int:
+    """What every rank keeps of a rollout, all ranks' answers, in host memory."""
+    return sum(BATCH) * objective.rollout_steps * plan.global_batch * plan.sequence_length
 
 
 def play_rollout(objective: PPO, ops: Ops, engine: Single, model: PlayedDecoder) -> None:

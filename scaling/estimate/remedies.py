@@ -23,9 +23,9 @@ def nothing_fits(spec: Spec, found: Found, margin: float) -> str:
     short = memory.high_bytes - usable
     changes = [*_more_gpus(spec, found.cluster, margin), *_shorter(spec, found.cluster, margin)]
     advice = ["; or ".join(changes)] if changes else ["neither more of these GPUs nor shorter sequences would do"]
-    offloads = [candidate for candidate in found.candidates if candidate.memory.host_bytes]
-    if offloads:
-        over = min(candidate.memory.high_bytes for candidate in offloads) - usable
+    away = [candidate for candidate in found.candidates if _offloads(candidate.spec)]
+    if away:
+        over = min(candidate.memory.high_bytes for candidate in away) - usable
         advice.append(f"offload to host memory is not enough: {over / GiB:.1f} GiB short with it")
     return (
         f"`--gpus` must be a machine on which {spec.name} fits, but on {found.cluster.name} the leanest of "
@@ -42,6 +42,12 @@ def grown(cluster: Cluster, world_size: int) -> Cluster | None:
         return Cluster(1, world_size, cluster.gpu)
     nodes, rest = divmod(world_size, per_node)
     return None if rest else Cluster(nodes, per_node, cluster.gpu)
+
+
+def _offloads(spec: Spec) -> bool:
+    """Whether some of the state is to lie in host memory or on disk."""
+    backend = spec.backend.model_dump()
+    return any(backend.get(name) for name in ("cpu_offload", "offload_optimizer", "offload_parameters"))
 
 
 def _more_gpus(spec: Spec, cluster: Cluster, margin: float) -> list[str]:

@@ -22,7 +22,7 @@ class MemoryEstimate:
     phases: dict[str, int] = field(default_factory=dict)
     """Allocated at the peak of each: build, rollout (of ppo), forward, backward, optimizer."""
     host_bytes: int = 0
-    """Host memory for what is offloaded."""
+    """Host memory for what is offloaded; of ppo also the reference's weights of this rank, and a rollout."""
     staging_bytes: int = 0
     """Host memory for the copy of this rank's state that checkpoints are written from."""
     checkpoint_bytes: int = 0

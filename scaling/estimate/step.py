@@ -176,9 +176,10 @@ class _Rollouts:
         self._answers = 0 if ops.rough else policy.answers_bytes(spec.objective, plan)
         with ops.tape.during("build", "other"):
             self._reference = [ops.held(count, FLOAT, "other", on_host=True) for count in engine.masters()]
+            engine.fill()
             if not ops.rough:
-                whole, seen = policy.rollout_bytes(spec.objective, plan)
-                self._kept = ops.held(whole if ops.cuda else seen, 1, "other", on_host=True)
+                kept = policy.rollout_bytes(spec.objective, plan)
+                self._kept = ops.held(kept, 1, "activations", on_host=True)
 
     def play(self) -> None:
         """A rollout."""

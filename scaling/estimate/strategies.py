@@ -21,7 +21,7 @@ from typing import Any
 
 from scaling.estimate.caching import cached
 from scaling.estimate.collectives import Ring, ring
-from scaling.estimate.compute import Passes
+from scaling.estimate.compute import HOST_KERNEL_SECONDS, Passes
 from scaling.estimate.flops import Block, Structure
 from scaling.estimate.rates import Rates, host_rate
 from scaling.hardware import Cluster
@@ -140,8 +140,11 @@ def forward_costs(step: Step) -> Costs:
             return Costs(exposed, 2 * width * elements, 0.0, offload, hooks)
         case DeepSpeed():
             return Costs()
-        case _:  # in 16 bits every weight is cast where it is read
-            return Costs(copied_bytes=6 * elements if width != 4 else 0.0)
+        case _ if width == 4:
+            return Costs()
+        case _:  # every weight is cast where it is read
+            casts = len(parameters(step.spec.model, step.spec.lora))
+            return Costs(copied_bytes=6 * elements, hooks=HOST_KERNEL_SECONDS * casts)
 
 
 def _gathered_ahead(step: Step, group: Ring, outside: int, calls: int, *, overlap: bool) -> float:
