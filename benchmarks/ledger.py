@@ -23,6 +23,8 @@ from scaling.rehearse import rehearse_all
 from scaling.run_folder import environment
 from scaling.trace import STEPS, STEPS_3
 
+TOLD = ("rollout", "forward", "backward", "optimizer")
+"""Phases that rows tell the error of, too."""
 MEDIAN, WORST, PART = 0.01, 0.03, 0.05
 BACKENDS: dict[str, dict[str, Any]] = {
     **{name: parity.BACKENDS[name] for name in ("single", "ddp", "fsdp", "fsdp-keep", "hsdp", "zero1", "zero2")},
@@ -107,6 +109,9 @@ def compare(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             "counted": counted,
             "off": played["peak_allocated_bytes"] / counted - 1,
             "phases": [played["peak_phase"], real["peak_phase"]],
+            "by_phase": {
+                name: played["phases"][name] / size - 1 for name, size in real["phases"].items() if name in TOLD
+            },
             "parts": parts,
             "worst_part": max(map(abs, parts.values())),
         }

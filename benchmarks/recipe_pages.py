@@ -14,7 +14,7 @@ from scaling.groups import Group
 from scaling.inventory import sample_length
 from scaling.run import Job, resolve
 from scaling.spec import Spec, load_spec
-from scaling.spec.sections import PPO, Decoder, Vla
+from scaling.spec.sections import Decoder, Vla
 from scaling.units import format_bytes, format_count, format_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,9 +100,6 @@ def _size(groups: tuple[Group, ...], *, trained: bool) -> int:
 
 
 def _table(spec: Spec) -> Iterator[str]:
-    if isinstance(spec.objective, PPO):
-        yield "The planner does not know sampling yet."
-        return
     yield "| | global batch | memory of each | a step | all steps |"
     yield "|---|---|---:|---:|---:|"
     for ranks, words in RANKS:

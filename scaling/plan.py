@@ -27,7 +27,7 @@ from scaling.estimate.memory import (
     FRAGMENTS_HIGH,
     FRAGMENTS_LOW,
 )
-from scaling.estimate.report import PHASES, report
+from scaling.estimate.report import report
 from scaling.estimate.search import MARGIN, Candidate, Found, flags, known, search
 from scaling.groups import Group
 from scaling.hardware import GPU, GPUS, Cluster, load_hardware, parse_gpus
@@ -35,6 +35,7 @@ from scaling.imports import add_allow_import
 from scaling.inventory import sample_length
 from scaling.render import render
 from scaling.spec import Document, Spec, parse_spec, placed, read_document
+from scaling.spec.sections import PPO
 from scaling.units import GiB, format_bytes, format_count, format_seconds
 from scaling.view import PART_SIGNS, Bar, Sheet, print_sheet
 
@@ -316,10 +317,19 @@ PART_WORDS = {
     "communication": "buffers and gathered copies for exchanges between ranks",
     "workspace": "short-lived results of operations",
     "framework": "what libraries hold",
+    "sampling": "a step's share of the sampling of a rollout",
+    "scoring": "the same of what the model and the reference make of each token",
     "compute": "forward and backward passes, with what is made again",
     "communication_exposed": "exchanges that no computation hides",
     "offload_exposed": "copies to and from the host that no computation hides",
     "overhead": "launching kernels, Python, the data",
+}
+PHASE_WORDS = {
+    "build": "while all is made",
+    "rollout": "while prompts are answered and the answers scored",
+    "forward": "at the most in a forward pass",
+    "backward": "in a backward pass",
+    "optimizer": "in the update",
 }
 TIME_WORDS = {"optimizer": "the update of the weights"}
 
@@ -340,7 +350,7 @@ def _ledger(candidate: Candidate, groups: Sequence[Group]) -> list[Sheet]:
         ["device", memory.device_used_bytes, "what nvidia-smi would show", around],
         ["at least", memory.low_bytes, "lower end of the band around it", f"x {FRAGMENTS_LOW}"],
         ["at most", memory.high_bytes, "upper end, which must fit", f"x {FRAGMENTS_HIGH}"],
-        ["host", memory.host_bytes, "host memory, for what is offloaded", "pinned; the engine's buffers included"],
+        ["host", memory.host_bytes, _host_words(spec), "pinned; the engine's buffers included"],
         ["staging", memory.staging_bytes, "host memory, the copy that is saved", f"the next line / {ranks}"],
         [
             "checkpoint",
@@ -350,8 +360,13 @@ def _ledger(candidate: Candidate, groups: Sequence[Group]) -> list[Sheet]:
         ],
     ]
     rows += [[str(name), format_bytes(int(size)), str(what), str(how)] for name, size, what, how in sums]
+    rows += [
+        [f"in {name}", format_bytes(size), "allocated, " + PHASE_WORDS[name], ""]
+        for name, size in memory.phases.items()
+    ]
     times = [
-        [name, _duration(duration.parts.get(name)), TIME_WORDS.get(name, PART_WORDS.get(name, ""))] for name in PHASES
+        [name, _duration(seconds), TIME_WORDS.get(name, PART_WORDS.get(name, ""))]
+        for name, seconds in duration.parts.items()
     ]
     times.append(["step", _duration(duration.step_seconds), "their sum: one optimizer step"])
     columns = ["part", ">bytes", "what it is", "formula or source"]
@@ -359,6 +374,11 @@ def _ledger(candidate: Candidate, groups: Sequence[Group]) -> list[Sheet]:
         Sheet(f"memory of {_words(candidate)}", columns, rows),
         Sheet("time of one optimizer step", ["part", ">time", "what it is"], times),
     ]
+
+
+def _host_words(spec: Spec) -> str:
+    found = "host memory, for what is offloaded"
+    return f"{found}, the reference and a rollout" if isinstance(spec.objective, PPO) else found
 
 
 def _traced(spec: Spec, found: Found, traced: dict[str, Any]) -> Sheet:

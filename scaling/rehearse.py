@@ -14,6 +14,7 @@ asked, on a CPU the bytes of live tensors are counted.
 
 import contextlib
 import gc
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -28,11 +29,11 @@ from scaling.estimate.memory import MemoryModel
 from scaling.estimate.report import memory_report
 from scaling.hardware import gpu_from_device_name
 from scaling.imports import add_allow_import
-from scaling.inventory import CHANNELS, inventory_of, sequences
+from scaling.inventory import CHANNELS, inventory_of, parameters, sequences
 from scaling.run import Job, device_name, resolve
 from scaling.run_folder import environment
 from scaling.spec import Spec, load_spec
-from scaling.spec.sections import Decoder, Recorded, Vla, packs
+from scaling.spec.sections import PPO, Decoder, Recorded, Vla, packs
 from scaling.units import format_bytes, format_seconds
 from scaling.watch.exhausted import Exhausted
 
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
     from scaling.data.dataset import MicroBatch, Samples
+    from scaling.data.prompts import PromptDataset
     from scaling.engine.process import Process
+    from scaling.engine.protocol import Engine
     from scaling.profile.meter import MemoryMeter
 
 
@@ -253,6 +256,7 @@ def take_steps(
         engine = build_engine(spec, job.rendered, recipe, job.groups, process)
         with meter.category("optimizer"), engine.loading(engine.counters()):
             pass
+        answered = _answered(job, engine, process, meter) if isinstance(spec.objective, PPO) else None
     seconds: list[float] = []
     stock = taking_stock("first_step", process.device, engine)
     with contextlib.closing(engine), stock, no_gc(), labelled(engine, meter):
@@ -260,7 +264,7 @@ def take_steps(
         for _ in range(steps):
             gc.collect()
             began = time.perf_counter()
-            batches = _micro_batches(job, meter)
+            batches = _micro_batches(job, meter) if answered is None else next(answered)
             train_step(engine, objective, batches[:micro_steps], process, meter.clock, (False, False))
             del batches  # before the next are made
             if process.device.type == "cuda":
@@ -282,6 +286,54 @@ def no_gc() -> Iterator[None]:
 def _micro_batches(job: Job, meter: "MemoryMeter") -> "list[Samples]":
     with meter.phase("data"):
         return [_made_up(job.spec, job.plan.micro_batch) for _ in range(job.plan.accumulation)]
+
+
+def _answered(job: Job, engine: "Engine", process: "Process", meter: "MemoryMeter") -> "Iterator[list[Samples]]":
+    """The micro-batches of step after step for ppo: made-up prompts, as long as they may be, answered by the model,
+    whose answers are as long as they may be too and worth nothing. Rollouts are a phase of the meter.
+    """
+    from scaling.models.build import model_recipe
+    from scaling.rollouts import Rollouts, reference_weights
+    from scaling.watch.heartbeat import NullHeartbeat
+
+    spec, plan, objective = job.spec, job.plan, job.spec.objective
+    assert isinstance(objective, PPO)
+    shapes = {p.name: p.shape for p in parameters(spec.model, spec.lora)}
+    with meter.category("other"):
+        reference = reference_weights(engine, model_recipe(spec, job.allow_import), None, shapes)
+    rollouts = Rollouts(
+        *(engine, process, objective, plan, spec.seed, lambda _, answers, __: [0.0] * len(answers), reference),
+        *(NullHeartbeat(), None),
+        kept=0,
+    )
+    prompts = _made_up_prompts(spec, objective)
+    batches = rollouts.batches(prompts, itertools.count(0, plan.global_batch), lambda *_, **__: None)
+
+    def steps() -> "Iterator[list[Samples]]":
+        while True:
+            with meter.phase("rollout"):
+                found = next(batches)
+            meter.label("other", reference)  # which has been the model's meanwhile
+            yield found
+            del found
+
+    return steps()
+
+
+def _made_up_prompts(spec: Spec, objective: PPO) -> "PromptDataset":
+    """A few random prompts, and no id that ends a response to them."""
+    import numpy as np
+
+    from scaling.data.chat import Conversations
+    from scaling.data.prompts import PromptDataset
+    from scaling.data.tokenizer import Tokenizer
+
+    assert isinstance(spec.model, Decoder), "the spec refuses others"
+    words, length, count = spec.model.vocab_size, spec.data.sequence_length - objective.max_new_tokens, 8
+    tokens = np.random.default_rng(spec.seed).integers(words, size=count * length, dtype=np.uint32)
+    told = Conversations("made up", tokens, np.arange(count + 1) * length)
+    silent = Tokenizer("made up", words, lambda texts: [np.zeros(0, np.int64) for _ in texts], lambda _: "", None)
+    return PromptDataset(told, np.arange(count), np.full(count, length), silent, np.array([words]))
 
 
 def made_up_tokens(words: int, count: int, length: int) -> "MicroBatch":

@@ -262,21 +262,21 @@ class Rollouts:
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
         """Have the model's weights be the reference's inside; outside they are what they were, bit for bit."""
-        own = self._exchange(self._reference)
+        self._exchange()
         try:
             yield
         finally:
-            self._exchange(own)
+            self._exchange()
 
-    def _exchange(self, others: list[Tensor]) -> list[Tensor]:
-        """Write these over the masters; returns what they were, on the host."""
-        engine, before = self._engine, list[Tensor]()
+    def _exchange(self) -> None:
+        """Write what lies on the host over the masters, and have what they were lie there."""
+        engine, held = self._engine, self._reference
         with engine.loading(engine.counters()):
             masters = (shard for shard in engine.state() if shard.kind == "master")
-            for shard, other in zip(masters, others, strict=True):
-                before.append(shard.values.detach().to("cpu", torch.float32, copy=True))
-                shard.values.copy_(other)
-        return before
+            for shard, place in zip(masters, range(len(held)), strict=True):  # one at a time: no second copy of all
+                own = shard.values.detach().to("cpu", torch.float32, copy=True)
+                shard.values.copy_(held[place])
+                held[place] = own
 
     # ------------------------------------------------------------ keeping
 

@@ -22,6 +22,7 @@ from scaling.rehearse import apart, take_steps
 from scaling.run import Job, resolve
 from scaling.run_folder import versions
 from scaling.spec import Spec
+from scaling.spec.sections import PPO
 from scaling.units import GiB, format_bytes
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ def trace(spec: Spec, world_size: int, allow_import: Sequence[str] = ()) -> dict
     "memory" has the keys of an estimate's, with None for what a trace does not see; "predicted" is the ledger's for the
     same kernels. Raises UserError.
     """
+    if isinstance(spec.objective, PPO):
+        raise UserError(
+            '`--trace` must come with another objective than "ppo", which draws from values, and traced tensors have '
+            "none; leave it out, or take steps for real: python -m scaling.rehearse"
+        )
     # Compiled code takes no fake tensors.
     job = resolve(spec.model_copy(update={"compile": False}), world_size, allow_import)
     backend = job.rendered.get("zero_optimization", {})

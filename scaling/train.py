@@ -35,7 +35,7 @@ from scaling.run import run as run_job
 from scaling.run_folder import OOM, LogFormatter, RunLock, environment, log_to, open_run_folder, write_exit, write_json
 from scaling.spec import Spec, load_spec, parse_spec, read_document
 from scaling.spec.document import assign, document_of
-from scaling.spec.sections import PPO, FactoryModel, Recorded
+from scaling.spec.sections import FactoryModel, Recorded
 from scaling.units import format_bytes, format_seconds
 from scaling.view import as_text, batch_line, groups_table
 from scaling.watch.exhausted import Exhausted, is_exhausted, message_of
@@ -439,7 +439,7 @@ def _write_job(folder: Path, job: Job, predicted: dict[str, Any]) -> None:
 def _predicted(job: Job, process: "Process") -> dict[str, Any]:
     """plan.json; empty where nothing is known of what a step does."""
     model = job.spec.model
-    if isinstance(job.spec.objective, PPO) or (isinstance(model, Recorded) and inventory_of(model).ledger is None):
+    if isinstance(model, Recorded) and inventory_of(model).ledger is None:
         return {}
     from scaling.estimate.report import run_report
 

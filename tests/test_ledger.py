@@ -74,6 +74,32 @@ FOUND |= {
 }
 
 
+PPO = {
+    "model.value_head": True,
+    "data": {"kind": "chat", "train": ["python-stdlib"], "sequence_length": 64, "packing": False},
+    "objective": {"kind": "ppo", "reward": {"kind": "overlap"}, "max_new_tokens": 6, "rollout_steps": 2},
+    "param_groups": [{"name": "all", "match": ["*"]}],
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [("single", "bf16"), ("ddp", "fp32"), ("fsdp", "bf16"), ("zero2", "bf16"), ("zero3", "bf16")],
+)
+def test_rollouts_and_the_steps_after_them_are_counted_as_played(backend, precision):
+    """Rank 0 answers, scores with the model and the reference, and trains."""
+    world_size = 1 if backend == "single" else 2
+    batch = {"global_batch_size": 4 * world_size, "micro_batch_size": 2}
+    changes = {"backend": BACKENDS[backend], "precision": precision, "batch": batch} | PPO
+    settings = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
+    cell = {"spec": str(SPECS / "llama-parity.json"), "world_size": world_size, "set": settings, "steps": STEPS_3}
+    (row,) = compare([{**cell, "name": f"ppo {backend}"}])
+    assert "error" not in row, row
+    assert abs(row["off"]) <= 0.01 and row["worst_part"] <= 0.02, row
+    assert all(abs(row["by_phase"][phase]) <= 0.01 for phase in ("forward", "backward")), row
+    assert abs(row["by_phase"]["rollout"]) <= 0.05, row
+
+
 @pytest.fixture(scope="module", params=["decoder", pytest.param("vla", marks=pytest.mark.long)])
 def rows(request, tmp_path_factory):
     return list(compare(list(draw(len(CHECKED), 11, list(CHECKED), tmp_path_factory.mktemp("drawn"), request.param))))

@@ -258,8 +258,15 @@ def test_every_backend_samples_the_same_and_goes_the_same_way(tmp_path):
     for name, curve in curves.items():
         assert rewards(tmp_path / name) == pytest.approx(rewards(tmp_path / "single"), abs=1e-6), name
         assert curve == pytest.approx(curves["single"], rel=1e-3, abs=1e-4), name
+    plan = json.loads((tmp_path / "zero3" / "plan.json").read_text())["memory"]
+    assert plan["phases"]["rollout"] > 0 and max(plan["phases"].values()) == plan["peak_allocated_bytes"]
     record = read(tmp_path / "single", "validation.jsonl")[-1]
     assert record["unit"] == "responses" and record["loss"] == -record["measures"]["reward"]
+
+
+def test_a_dry_run_says_what_is_predicted_of_rollouts_too(tmp_path):
+    done = python("launch/train.py", "--spec", str(written(tmp_path)), "--dry-run")
+    assert done.returncode == 0 and "dry run done" in done.stdout and "of tensors at the peak, in " in done.stdout
 
 
 def test_it_goes_on_in_the_midst_of_a_rollout_with_the_very_same_responses(tmp_path):

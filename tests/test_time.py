@@ -38,6 +38,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     },
     "zero3-nvme": {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": "/scratch"},
 }  # fmt: skip
+SAMPLED = ["sampling", "scoring"]
 PLAIN: dict[str, Any] = {"objective": {"kind": "causal_lm", "cross_entropy": "plain"}}
 
 
@@ -167,6 +168,24 @@ def test_small_and_thin_products_are_less_efficient() -> None:
 
 
 # ---------------------------------------------------------------- by hand
+
+
+def test_sampling_is_told_apart_and_wants_the_weights_for_every_token() -> None:
+    def tuned(gpus: str, backend: str, tokens: int = 170, **changes: Any) -> TimeEstimate:
+        objective = load_spec("minimind-ppo").objective.model_dump() | {"max_new_tokens": tokens} | changes
+        return estimate(gpus, "minimind-ppo", micro=32, objective=objective, backend=BACKENDS[backend])
+
+    found = tuned("8xH100-80GB", "ddp")
+    assert sum(found.parts.values()) == pytest.approx(found.step_seconds) and list(found.parts)[-2:] == SAMPLED
+    assert found.tokens_per_second_per_gpu == pytest.approx(32 * 340 / found.step_seconds)
+    half = tuned("8xH100-80GB", "ddp", 85)
+    assert half.parts["sampling"] == pytest.approx(found.parts["sampling"] / 2, rel=0.05)
+    twice = tuned("8xH100-80GB", "ddp", epochs=2)
+    for part in SAMPLED:
+        assert twice.parts[part] == pytest.approx(found.parts[part] / 2)
+    kept, freed, cut = (tuned("8xH100-80GB", name).parts["sampling"] for name in ("fsdp-keep", "fsdp", "zero3"))
+    assert found.parts["sampling"] <= kept <= freed < cut, "gathered never, once, by block and by module"
+    assert set(estimate("8xH100-80GB", "minimind-sft", micro=32).parts).isdisjoint(SAMPLED)
 
 
 def test_collectives_by_hand() -> None:

@@ -280,7 +280,7 @@ def gpu_idle(case: Case) -> Symptom | None:
         return None
     return Symptom(
         f"a kernel runs in {percent(busy)} of the time at the median.",
-        set={} if case.spec.compile else {"compile": True},
+        set={} if case.spec.compile or isinstance(case.spec.objective, PPO) else {"compile": True},
     )
 
 
@@ -346,6 +346,8 @@ others published (README.md): a factor of one and a half is not its usual error.
     "wrong.",
 )
 def time_off_prediction(case: Case) -> Symptom | None:
+    if isinstance(case.spec.objective, PPO):
+        raise CannotJudge("prompts are answered before one step of several, for as long as the answers are")
     predicted = at(case.run.plan, "time", "step_seconds")
     if not is_number(predicted) or predicted <= 0:
         raise CannotJudge("no time was predicted for its device")

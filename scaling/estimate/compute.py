@@ -32,6 +32,15 @@ From FlashAttention-2 on an H100, heads of 128: 191, 260, 298, 319, 333 TFLOP/s 
 (Shah et al., 2024, figure 5)."""
 
 
+KERNEL_SECONDS = 2e-6
+"""What each kernel loses on the device between the one before and itself, filling up included. Engineering judgement:
+the shortest kernel of a stream takes about this long."""
+HOST_KERNEL_SECONDS, HOST_BACKWARD_SECONDS = 8e-6, 5e-6
+"""The host's time to issue a kernel from Python, and from autograd's own thread. Engineering judgement."""
+SCORE_BYTES = 2 + 4 + 24
+"""Of each logit, where nothing but the loss is wanted: to fp32, and logsumexp as in `_chunk_seconds`."""
+
+
 class Pass(NamedTuple):
     """One direction through a part of the model."""
 
@@ -135,8 +144,11 @@ def ends_passes(ends: tuple[tuple[Product, int], ...], samples: int, rates: Rate
 
 
 @cached
-def head_passes(model: Decoder, head: Product, tokens: int, chunked: bool, rates: Rates) -> Passes:
-    """Output projection and cross-entropy. The chunked form takes its gradients in the forward pass."""
+def head_passes(
+    model: Decoder, head: Product, tokens: int, chunked: bool, rates: Rates, by_token: bool = False
+) -> Passes:
+    """Output projection and cross-entropy. The chunked form takes its gradients in the forward pass; of each token it
+    makes the logits twice, and its gradients in the backward pass."""
     vocabulary, width = model.vocab_size, rates.width
     logits = tokens * vocabulary
     if not chunked:
@@ -148,6 +160,9 @@ def head_passes(model: Decoder, head: Product, tokens: int, chunked: bool, rates
     whole, rest = divmod(tokens, rows)
     seconds = whole * _chunk_seconds(head, rows, rates) + (_chunk_seconds(head, rest, rates) if rest else 0.0)
     kernels = 16 * (whole + (rest > 0))
+    if by_token:
+        ahead = product_seconds(tokens, head.inputs, vocabulary, rates) + SCORE_BYTES * logits / rates.hbm
+        return Passes(Pass(ahead, kernels), Pass(seconds, kernels))
     return Passes(Pass(seconds, kernels), Pass((8 + width) * head.inputs * vocabulary / rates.hbm, 6))
 
 

@@ -20,6 +20,24 @@ class Hooks(Protocol):
     def leave(self, module: str, value: Value) -> Value: ...
 
 
+class PlayedMemory:
+    """Keys and values of all layers, KeyValues of scaling/models/decoder.py."""
+
+    def __init__(self, ops: Ops, longest: int) -> None:
+        self.length = 0
+        """Tokens known before this pass."""
+        self._ops, self._longest = ops, longest
+        self._kept: dict[str, Storage] = {}
+
+    def extend(self, name: str, value: Value) -> Value:
+        """What a layer looks at: its keys, or values, of all tokens; both lie in one tensor."""
+        shape = self._ops.shape
+        each = value.elements // shape.sequence
+        if name not in self._kept:
+            self._kept[name] = self._ops.new(2 * each * self._longest)
+        return Value(self._kept[name], each * (self.length + shape.sequence))
+
+
 class PlayedBlocks:
     """Blocks of a decoder, or of an encoder made of the same."""
 
@@ -46,6 +64,8 @@ class PlayedBlocks:
         """Cosines and sines."""
         self.mask: Storage | None = None
         """What is added to the scores where texts are packed."""
+        self.memory: PlayedMemory | None = None
+        """Of the tokens before these."""
         self.keys = (model.num_key_value_heads or model.num_attention_heads) * head_dim(model)
 
     def wrapped(self, name: str, value: Value, body: Callable[[str, Value], Value]) -> Value:
@@ -57,7 +77,7 @@ class PlayedBlocks:
 
     def block(self, name: str, hidden: Value) -> Value:
         """Block.forward, checkpointed or not."""
-        if self.checkpointing == "none":
+        if self.checkpointing == "none" or not self.ops.grad:
             return self.block_forward(name, hidden)
         rotation, mask, selective = self.rotation, self.mask, self.checkpointing == "selective"
 
@@ -87,7 +107,7 @@ class PlayedBlocks:
 
     def dropout(self, _: str, hidden: Value) -> Value:
         """nn.Dropout in training."""
-        return self.ops.dropout(hidden) if self.model.dropout else hidden
+        return self.ops.dropout(hidden) if self.model.dropout and self.ops.grad else hidden
 
     def identity(self, _: str, heads: Value) -> Value:
         """nn.Identity."""
@@ -137,6 +157,8 @@ class PlayedBlocks:
         query, key = self.wrapped(f"{name}.q_norm", query, norm), self.wrapped(f"{name}.k_norm", key, norm)
         if model.position == "rope":
             query, key = ops.rotate(query, *self.rotation), ops.rotate(key, *self.rotation)
+        if self.memory is not None:
+            key, value = self.memory.extend(name, key), self.memory.extend(name, value)
         mixed = ops.attention(query, key, value, head_dim(model), self.mask)
         if model.qk_norm:  # its result is laid out like the query
             mixed = ops.contiguous(mixed)
@@ -170,24 +192,28 @@ class PlayedDecoder(PlayedBlocks):
         lora: Lora | None = None,
         packed: bool = False,
         compares: bool = False,
+        by_token: bool = False,
     ) -> None:
         super().__init__(model, ops, hooks, checkpointing=checkpointing, compiled=compiled, lora=lora)
         self.chunked = chunked
         self.packed = packed
-        """Each sample holds several texts."""
+        """Each sample holds several texts, or is filled up before its text."""
         self.compares = compares
         """The loss is of each sequence, for pairs to be compared."""
+        self.by_token = by_token
+        """It is of each token, and beside it stands what the value head says there."""
 
-    def forward(self) -> Value:
-        """The summed loss."""
+    def forward(self, memory: PlayedMemory | None = None) -> Value:
+        """The summed loss, or what there is in its place; with `memory` the logits of the last token of each row."""
         ops, model, hooks, shape = self.ops, self.model, self.hooks, self.ops.shape
         hooks.enter("", None)
         hooks.enter("embed_tokens", None)
         hidden = hooks.leave("embed_tokens", ops.embedding("embed_tokens", shape.rows, model.hidden_size))
         positions = ops.new(shape.sequence, LONG)
         places_of = shape.sequence  # positions that differ from each other, as far as the code can tell
+        self.memory = memory
         if self.packed:
-            self.mask = self.mask_of()
+            self.mask = self.mask_of(memory.length if memory else 0)
             places_of = shape.rows
             positions = ops.new(places_of, LONG)
         self.rotation = [ops.new(places_of * head_dim(model)) for _ in range(2 * (model.position == "rope"))]
@@ -199,16 +225,40 @@ class PlayedDecoder(PlayedBlocks):
         hidden = self.wrapped("dropout", hidden, self.dropout)
         for index in range(model.num_hidden_layers):
             hidden = ops.border(self.wrapped(f"layers.{index}", ops.border(hidden), self.block))
-        loss = self.wrapped("lm_head", self.wrapped("norm", hidden, self.norm), self.head)
+        hidden = self.wrapped("norm", hidden, self.norm)
+        loss = self.wrapped("lm_head", hidden, self.head if memory is None else self.last_logits)
+        if self.by_token and memory is None:
+            loss = self.beside(loss, self.wrapped("value_head", hidden, self.value))
         del hidden, positions
-        self.rotation, self.mask = [], None
+        self.rotation, self.mask, self.memory = [], None, None
         return hooks.leave("", loss)
 
-    def mask_of(self) -> Storage:
-        """mask_of of scaling/models/decoder.py."""
-        ops, pairs = self.ops, self.ops.shape.rows * self.ops.shape.sequence
-        before, inside, seen = (ops.new(pairs, 1) for _ in range(3))
-        del before, inside
+    def last_logits(self, _: str, hidden: Value) -> Value:
+        """Head.forward of the last token of each row."""
+        ops, model = self.ops, self.model
+        before, ops.tape.category = ops.tape.category, "logits"
+        weight = ops.read("embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight")
+        found = ops.result(ops.shape.batch * model.vocab_size, [hidden, weight], [], lambda *_: [])
+        ops.tape.category = before
+        return found
+
+    def value(self, name: str, hidden: Value) -> Value:
+        """What the value head says of each token."""
+        return self.ops.linear(name, hidden, 1, bias=True)
+
+    def beside(self, losses: Value, values: Value) -> Value:
+        """The two stacked, in fp32."""
+        ops, rows = self.ops, self.ops.shape.rows
+        if ops.shape.width != FLOAT:
+            values = ops.cast(values, FLOAT, ops.shape.width)
+        run = lambda gradient, _: [gradient] * 2  # noqa: E731 - views
+        return ops.result(2 * rows, [losses, values], [], run, ops.new(2 * rows, FLOAT))
+
+    def mask_of(self, before: int) -> Storage:
+        """mask_of of scaling/models/decoder.py, after so many other tokens."""
+        ops, pairs = self.ops, self.ops.shape.rows * (before + self.ops.shape.sequence)
+        after, inside, seen = (ops.new(pairs, 1) for _ in range(3))
+        del after, inside
         mask = ops.new(pairs)
         del seen
         return mask
@@ -219,7 +269,7 @@ class PlayedDecoder(PlayedBlocks):
         tied = model.tie_word_embeddings
         before, ops.tape.category = ops.tape.category, "logits"
         weight = ops.read("embed_tokens.weight" if tied else "lm_head.weight")
-        if self.compares:
+        if self.compares or self.by_token:
             found = self.token_losses(hidden, weight) if self.chunked else self.plain_loss(hidden, weight)
         else:
             found = self.chunked_loss(hidden, weight) if self.chunked else self.plain_loss(hidden, weight)
@@ -241,7 +291,8 @@ class PlayedDecoder(PlayedBlocks):
         weights = ops.new(1, FLOAT)
         saved = [logits.storage, weights]
         del weights
-        return ops.result(1, [logits], saved, lambda *_: [ops.new(size, FLOAT)], ops.new(1, FLOAT))
+        count = ops.shape.rows if self.by_token else 1
+        return ops.result(count, [logits], saved, lambda *_: [ops.new(size, FLOAT)], ops.new(count, FLOAT))
 
     def chunks(self, most: int) -> list[int]:
         """Rows of each chunk of the loss; of more than three, those that do not differ from the second are left out."""

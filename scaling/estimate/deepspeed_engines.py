@@ -12,7 +12,7 @@ from scaling.estimate.torch_engines import Single
 from scaling.groups import Group
 from scaling.inventory import ADAPTERS, Parameter, block_finder, tied
 from scaling.records import BatchPlan
-from scaling.spec.sections import Decoder, Spec
+from scaling.spec.sections import PPO, Decoder, Spec
 
 DOUBLE = 8
 """Bytes of an element in which norms are taken: `get_norm_dtype`."""
@@ -123,6 +123,14 @@ class _Flat(Single):
 
     def make_gradients(self) -> None:
         """Those that are there from the start."""
+
+    def masters(self) -> list[int]:
+        cut = self.ranks if self.width != FLOAT else 1
+        found = [p.elements // cut for p in self.parameters if p.name not in self.leaves]
+        for leaf in self.leaves.values():
+            assert isinstance(leaf, _Hooked)
+            found.append(max(0, min(leaf.elements, self.flats[leaf.group].partition - leaf.offset)))
+        return [count for count in found if count]
 
     def read(self, name: str) -> Value:
         return self.values[name]
@@ -347,6 +355,8 @@ class ZeRO3(Single):
     ) -> None:
         # The first pass knows nothing of what comes; parameters last into the next.
         self.steps = 3 if not ops.rough else 2 if plan.accumulation == 1 else 1
+        if isinstance(spec.objective, PPO):  # nor what follows upon sampling, which is another order of modules
+            self.steps += 2 if plan.accumulation == 1 else 1
         self.ranks = plan.world_size
         self.zero: dict[str, Any] = rendered["zero_optimization"]
         ops.zero3_linear = self.zero["memory_efficient_linear"]
@@ -366,7 +376,9 @@ class ZeRO3(Single):
         self.flying: dict[str, _Handle] = {}
         self.trace: list[str] = []
         """Modules in the order of a pass; known after the first."""
-        self.recorded = False
+        self.recording = self.recorded = False
+        self.answers: dict[tuple[str, int], list[str]] = {}
+        """What is freed after a module, by its place in a pass."""
         self.uses: dict[str, list[int]] = {}
         """Where in the trace each parameter is used."""
         self.passed: list[int] = []
@@ -502,8 +514,9 @@ class ZeRO3(Single):
         for name in list(self.flying):
             self.wait(name)
             self.free(name)
-        if self.trace and not self.recorded:
+        if self.recording:
             self.record()
+        self.recording = not self.recorded
         names = self.modules
         self.queue = deque((name, step) for step, module in enumerate(self.trace) for name in names.get(module, ()))
         self.fetched_for = {}
@@ -512,11 +525,22 @@ class ZeRO3(Single):
     def record(self) -> None:
         """The order of modules is known: where each is used, and how many elements pass before."""
         self.recorded = True
+        self.uses = {}
         for place, module in enumerate(self.trace):
             for name in self.modules.get(module, ()):
                 self.uses.setdefault(name, []).append(place)
         counts = (sum(self.sizes[name] for name in self.modules.get(module, ())) for module in self.trace)
         self.passed = list(accumulate(counts, initial=0))
+
+    def forget_order(self) -> None:
+        """`_invalidate_trace`: this is another kind of pass; the next one is noted down."""
+        self.recorded = False
+        self.trace, self.fetched_for = [], {}
+        self.queue.clear()
+        for name in list(self.flying):
+            self.wait(name)
+            if not self.users[name]:
+                self.free(name)
 
     def soon(self, name: str) -> bool:
         """Whether a parameter is used again before so many elements have passed."""
@@ -528,7 +552,9 @@ class ZeRO3(Single):
 
     def fetch(self, module: str) -> None:
         """`fetch_sub_module`."""
-        if not self.recorded:
+        if self.recorded and self.trace[self.place : self.place + 1] != [module]:
+            self.forget_order()
+        if self.recording:
             self.trace.append(module)
         names = self.modules.get(module, [])
         self.gather([name for name in names if name not in self.ready and name not in self.flying])
@@ -596,15 +622,25 @@ class ZeRO3(Single):
 
     def release(self, module: str, *, backward: bool = False) -> None:
         """`release_sub_module`: free what no other module uses, and none will soon."""
-        for name in self.modules.get(module, ()):
+        names = self.modules.get(module, [])
+        for name in names:
             self.users[name].discard(module)
-            if self.users[name] or name not in self.ready:
-                continue
-            ahead = self.fetched_for.get(name, -1) > self.place
-            if not (self.recorded and (name in self.persistent or ahead or self.soon(name))):
+        for name in self.unneeded(module) if self.recorded else names:
+            if name in self.ready and not self.users[name]:
                 self.free(name)
         if backward:
             self.release_recomputed(module)
+
+    def unneeded(self, module: str) -> list[str]:
+        """`__params_to_release`. It remembers its answers for ever, also where the order of modules has become another:
+        what was freed after a module in sampling is freed there in training too, however soon it is used again."""
+        if (module, self.place) not in self.answers:
+            self.answers[module, self.place] = [
+                name
+                for name in self.modules.get(module, ())
+                if name not in self.persistent and self.fetched_for.get(name, -1) <= self.place and not self.soon(name)
+            ]
+        return self.answers[module, self.place]
 
     def release_recomputed(self, module: str) -> None:
         """What has stayed for a module whose backward pass is done."""
@@ -627,6 +663,18 @@ class ZeRO3(Single):
             if self.ranks > 1:
                 self.whole[name].resize(self.width * self.part(name) * self.ranks)
             self.ready.add(name)
+
+    def masters(self) -> list[int]:
+        return [self.part(parameter.name) for parameter in self.parameters]
+
+    def refresh(self) -> None:
+        """`release_and_reset_all`, and the persistent ones once more."""
+        for name in self.sizes:
+            if name in self.flying:
+                self.wait(name)
+            self.users[name].clear()
+            self.free(name)
+        self.fetch_persistent()
 
     # ------------------------------------------------------------ gradients
 

@@ -5,7 +5,7 @@ three and of four blocks say what each moment of a deep one holds, and sizes tha
 sequence (PER_SEQUENCE) say it for every micro-batch: a line. The peak is the highest of these lines.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -14,6 +14,7 @@ from typing import Any
 from scaling.estimate.decoder import CHUNK_ELEMENTS
 from scaling.estimate.deepspeed_engines import ZeRO3
 from scaling.estimate.ops import FLOAT
+from scaling.estimate.policy import answers_bytes, rollout_bytes
 from scaling.estimate.results import MemoryEstimate
 from scaling.estimate.step import OWN, Cast, batch_sizes, play
 from scaling.estimate.tape import Tape
@@ -22,7 +23,7 @@ from scaling.hardware import GPU
 from scaling.inventory import parameters
 from scaling.records import BatchPlan
 from scaling.render import render
-from scaling.spec.sections import Decoder, Spec, in_chunks
+from scaling.spec.sections import PPO, Decoder, Spec, in_chunks
 from scaling.units import GiB
 
 PER_SEQUENCE = 2**64
@@ -33,6 +34,9 @@ BLOCKS = (3, 4)
 PROBES = (1, 4, 16, 64, 1024)
 """Micro-batches for which the highest moment of each stretch is looked for; for others it is one of the same, or so
 near that it does not matter."""
+
+PHASES = ("build", "rollout", "forward", "backward", "optimizer")
+"""Whose peaks are told."""
 
 FRAGMENTS_LOW, FRAGMENTS, FRAGMENTS_HIGH = 1.03, 1.06, 1.09
 """Reserved over allocated where memory is short. SimuMax's published pairs on nearly full cards are 1.03 to 1.09; where
@@ -87,16 +91,22 @@ class MemoryModel:
 
     def at(self, micro_batch: int, accumulation: int) -> MemoryEstimate:
         """With so many sequences at a time, so many times a step."""
-        curve = self._curve(micro_batch, accumulation)
-        batch = sum(batch_sizes(self._spec, self._plan_of(micro_batch, accumulation), cuda=self._cuda))
-        phase, parts = curve.peak(micro_batch, batch)
-        return self._estimate(sum(parts.values()), phase, parts, curve.host_bytes)
+        curve, plan = self._curve(micro_batch, accumulation), self._plan_of(micro_batch, accumulation)
+        batch, host = sum(batch_sizes(self._spec, plan, cuda=self._cuda)), 0
+        beside = {"build": 0, "rollout": batch}
+        if isinstance(objective := self._spec.objective, PPO):
+            host = rollout_bytes(objective, plan)
+            batch += 0 if self._cuda else host  # where host and device are one
+            beside["rollout"] = batch + answers_bytes(objective, plan)
+        phase, parts, phases = curve.peak(micro_batch, batch, beside)
+        return self._estimate(sum(parts.values()), phase, parts, phases, curve.host_bytes + host)
 
     def exactly(self, plan: BatchPlan) -> MemoryEstimate:
         """Every micro-step and block of a plan, played."""
         tape = play(self._spec, plan, self._groups, self._rendered, cuda=self._cuda, cast=self._cast)
         peak = tape.peak
-        return self._estimate(peak.bytes, peak.phase, peak.parts, tape.host_bytes)
+        phases = {phase: found.bytes for phase, found in tape.peaks.items()}
+        return self._estimate(peak.bytes, peak.phase, peak.parts, phases, tape.host_bytes)
 
     def _curve(self, micro_batch: int, accumulation: int) -> "_Curve":
         """Played once for each way in which steps differ: by micro-steps and by chunks of the loss."""
@@ -110,7 +120,9 @@ class MemoryModel:
         engine = self._cast.engine_for(self._spec)
         if engine is ZeRO3 and accumulation == 1 and self._persistent_share < 1e-3:
             return engine.micro_steps  # they differ in when the parameters that persist are gathered first
-        return min(accumulation, engine.micro_steps)
+        # After rollouts the first pass is in an order that is not expected, the second is noted down, the third known.
+        noted = engine is ZeRO3 and isinstance(self._spec.objective, PPO)
+        return min(accumulation, engine.micro_steps + noted)
 
     @cached_property
     def _persistent_share(self) -> float:
@@ -132,14 +144,17 @@ class MemoryModel:
         whole = micro_batch * accumulation * ranks
         return BatchPlan(whole, micro_batch, accumulation, ranks, self._plan.sequence_length)
 
-    def _estimate(self, allocated: int, phase: str, parts: dict[str, int], host: int) -> MemoryEstimate:
+    def _estimate(
+        self, allocated: int, phase: str, parts: dict[str, int], phases: dict[str, int], host: int
+    ) -> MemoryEstimate:
+        phases = {name: phases[name] for name in PHASES if name in phases}
         saving = {
             "staging_bytes": -(-self._checkpoint_bytes // self._plan.world_size),
             "checkpoint_bytes": self._checkpoint_bytes,
         }
         if not self._cuda:
             parts = dict(sorted(parts.items()))
-            return MemoryEstimate(allocated, allocated, allocated, allocated, allocated, phase, parts, **saving)
+            return MemoryEstimate(*[allocated] * 5, phase, parts, phases, **saving)
         workspace = MATMUL_WORKSPACE_BYTES // (1 if _is_wide(self._gpu) else 4)
         parts["workspace"] = parts.get("workspace", 0) + workspace
         allocated += workspace
@@ -153,6 +168,7 @@ class MemoryModel:
             high_bytes=high + around,
             peak_phase=phase,
             parts=dict(sorted(parts.items())),
+            phases={name: size + workspace for name, size in phases.items()},
             host_bytes=host,
             **saving,
         )
@@ -182,17 +198,21 @@ class _Curve:
         self._layers, self._blocks = layers, BLOCKS if grows else (layers, layers)
         self._tapes = [played.tape(count) for count in dict.fromkeys(self._blocks)]
         self.host_bytes = self._grown([tape.host_bytes for tape in self._tapes])
-        moments = list(self._all())
-        self._built = _highest(moment for moment in moments if moment.phase == "build")
-        self._moments = _highest(moment for moment in moments if moment.phase != "build")
+        by_phase: dict[str, list[_Moment]] = {}
+        for moment in self._all():
+            by_phase.setdefault(moment.phase, []).append(moment)
+        self._moments = {phase: _highest(moments) for phase, moments in by_phase.items()}
         self._parts: dict[tuple[int, ...], list[dict[str, int]]] = {}
 
-    def peak(self, micro_batch: int, batch: int) -> tuple[str, dict[str, int]]:
-        """Phase and bytes by part; the batch, of so many bytes, is there once the model is built."""
-        top = max(self._moments, key=lambda moment: moment.at(micro_batch))
-        built = max(self._built, key=lambda moment: moment.at(micro_batch))
-        if built.at(micro_batch) > top.at(micro_batch) + batch:
-            top, batch = built, 0
+    def peak(
+        self, micro_batch: int, batch: int, beside: Mapping[str, int]
+    ) -> tuple[str, dict[str, int], dict[str, int]]:
+        """Phase, bytes by part, and the peak of each phase. The batch, of so many bytes, is there all the time, but for
+        phases of which `beside` says what is there."""
+        tops = {phase: max(of, key=lambda moment: moment.at(micro_batch)) for phase, of in self._moments.items()}
+        phases = {phase: top.at(micro_batch) + beside.get(phase, batch) for phase, top in tops.items()}
+        phase = max(phases, key=phases.__getitem__)
+        top, batch = tops[phase], beside.get(phase, batch)
         if top.places not in self._parts:
             self._parts[top.places] = [tape.parts(place) for tape, place in zip(self._tapes, top.places, strict=True)]
         found = self._parts[top.places]
@@ -203,7 +223,7 @@ class _Curve:
                 parts[category] = size
         if batch:
             parts["activations"] = parts.get("activations", 0) + batch
-        return top.phase, parts
+        return phase, parts, phases
 
     def _grown(self, values: Sequence[int]) -> int:
         """From the played numbers of blocks to the real one."""

@@ -37,6 +37,8 @@ class Ops:
         self.rough = rough
         """Not 0: every size is to grow evenly with the micro-batch, the loss in so many chunks, 3 for more; and moments
         between two blocks are marked."""
+        self.grad = True
+        """Autograd takes notes; not so where nothing is to be trained on."""
         self.compiled = False
         """Within a compiled block: a pointwise result that only pointwise operations want back is made again.
 
@@ -76,7 +78,7 @@ class Ops:
         """A value and, if a gradient flows to any of the inputs, its node; inputs are kept before the value is made."""
         edges = [value.node if value else None for value in inputs]
         node = None
-        if any(edges):
+        if self.grad and any(edges):
             node = Node(self.tape, edges, () if self.frame else saved, run)
             if self.frame:
                 self.frame.enter(node, saved)

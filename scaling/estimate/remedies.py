@@ -4,6 +4,7 @@ from scaling.errors import UserError
 from scaling.estimate.search import Candidate, Found, first_fit, largest_parts, sequences_per_rank
 from scaling.hardware import Cluster
 from scaling.spec import Spec, change_spec
+from scaling.spec.sections import PPO
 from scaling.units import GiB
 
 MOST_GPUS = 4096
@@ -22,9 +23,9 @@ def nothing_fits(spec: Spec, found: Found, margin: float) -> str:
     short = memory.high_bytes - usable
     changes = [*_more_gpus(spec, found.cluster, margin), *_shorter(spec, found.cluster, margin)]
     advice = ["; or ".join(changes)] if changes else ["neither more of these GPUs nor shorter sequences would do"]
-    offloads = [candidate for candidate in found.candidates if candidate.memory.host_bytes]
-    if offloads:
-        over = min(candidate.memory.high_bytes for candidate in offloads) - usable
+    away = [candidate for candidate in found.candidates if _offloads(candidate.spec)]
+    if away:
+        over = min(candidate.memory.high_bytes for candidate in away) - usable
         advice.append(f"offload to host memory is not enough: {over / GiB:.1f} GiB short with it")
     return (
         f"`--gpus` must be a machine on which {spec.name} fits, but on {found.cluster.name} the leanest of "
@@ -41,6 +42,12 @@ def grown(cluster: Cluster, world_size: int) -> Cluster | None:
         return Cluster(1, world_size, cluster.gpu)
     nodes, rest = divmod(world_size, per_node)
     return None if rest else Cluster(nodes, per_node, cluster.gpu)
+
+
+def _offloads(spec: Spec) -> bool:
+    """Whether some of the state is to lie in host memory or on disk."""
+    backend = spec.backend.model_dump()
+    return any(backend.get(name) for name in ("cpu_offload", "offload_optimizer", "offload_parameters"))
 
 
 def _more_gpus(spec: Spec, cluster: Cluster, margin: float) -> list[str]:
@@ -61,7 +68,8 @@ def _shorter(spec: Spec, cluster: Cluster, margin: float) -> list[str]:
     """The longest sequence, of halves of the spec's own, with which something fits."""
     lengths: list[int] = []
     length = spec.data.sequence_length
-    while length % 2 == 0 and length > SHORTEST:
+    answers = spec.objective.max_new_tokens if isinstance(spec.objective, PPO) else 0
+    while length % 2 == 0 and length > SHORTEST and length >> 1 > answers:
         length >>= 1
         lengths.append(length)
     specs = {length: change_spec(spec, data=spec.data.model_dump() | {"sequence_length": length}) for length in lengths}

@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication", "workspace", "framework")
 """Of memory at the peak; each stands in every candidate."""
 PHASES = ("compute", "communication_exposed", "optimizer", "offload_exposed", "overhead")
-"""Of the time of a step."""
+"""Of the time of a step; of ppo also "sampling" and "scoring"."""
 
 
 def report(spec: Spec, found: Found, margin: float) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def time_report(duration: TimeEstimate) -> dict[str, Any]:
         "step_seconds": known(duration.step_seconds),
         "tokens_per_second_per_gpu": known(duration.tokens_per_second_per_gpu),
         "mfu": known(duration.mfu),
-        "parts": {name: known(duration.parts.get(name, 0.0)) for name in PHASES},
+        "parts": {name: known(seconds) for name, seconds in (dict.fromkeys(PHASES, 0.0) | duration.parts).items()},
     }
 
 

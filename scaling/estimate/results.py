@@ -19,8 +19,10 @@ class MemoryEstimate:
     peak_phase: str
     parts: dict[str, int] = field(default_factory=dict)
     """Of the allocated peak: parameters, gradients, optimizer, activations, logits, communication, workspace."""
+    phases: dict[str, int] = field(default_factory=dict)
+    """Allocated at the peak of each: build, rollout (of ppo), forward, backward, optimizer."""
     host_bytes: int = 0
-    """Host memory for what is offloaded."""
+    """Host memory for what is offloaded; of ppo also the reference's weights of this rank, and a rollout."""
     staging_bytes: int = 0
     """Host memory for the copy of this rank's state that checkpoints are written from."""
     checkpoint_bytes: int = 0
@@ -36,4 +38,5 @@ class TimeEstimate:
     mfu: float | None
     """Of the dense peak of the card; None where that is not known."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Seconds: compute, communication_exposed, optimizer, offload_exposed, overhead; they add up to `step_seconds`."""
+    """Seconds: compute, communication_exposed, optimizer, offload_exposed, overhead, and of ppo sampling and scoring,
+    what a step has of its rollout; they add up to `step_seconds`."""

@@ -4,8 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scaling.errors import UserError
-from scaling.estimate import vla
+from scaling.estimate import policy, vla
 from scaling.estimate.decoder import PlayedDecoder
 from scaling.estimate.deepspeed_engines import BF16, ZeRO3, ZeRO12
 from scaling.estimate.ops import FLOAT, LONG, Ops, Shape
@@ -62,6 +61,9 @@ def _zero_engine(spec: Spec, backend: DeepSpeedSpec) -> type[Single]:
 def batch_sizes(spec: Spec, plan: BatchPlan, *, cuda: bool) -> list[int]:
     """Bytes of each tensor of a step's micro-batches; a vla's are on a GPU one at a time."""
     match spec.model:
+        case Decoder() if isinstance(spec.objective, PPO):  # on a GPU one at a time
+            tokens = plan.micro_batch * plan.sequence_length
+            return [width * tokens for width in policy.BATCH] * (1 if cuda else plan.accumulation)
         case Decoder() | FactoryModel() | HuggingFace():
             sizes = [LONG * plan.micro_batch * plan.sequence_length] * (3 if packs(spec.data) else 2)
             if isinstance(spec.objective, DPO):  # what the reference makes of each
@@ -85,8 +87,9 @@ def _played_model(
                 checkpointing=checkpointing,
                 compiled=compiled,
                 lora=spec.lora,
-                packed=packs(spec.data),
+                packed=packs(spec.data) or isinstance(spec.objective, PPO),
                 compares=isinstance(spec.objective, DPO),
+                by_token=isinstance(spec.objective, PPO),
             )
         case Vla() as model:
             parts = still(model, frozen)
@@ -115,17 +118,13 @@ def play(
 
     `rough` as in `Ops`: without what the batch itself takes.
     """
-    if isinstance(spec.objective, PPO):
-        raise UserError(
-            '`objective.kind` must be another than "ppo" where memory or speed are to be known before: its sampling is '
-            "not planned yet; plan the same spec as sft"
-        )
     tape = Tape()
     shape = Shape(plan.micro_batch * sequences(spec), attended_length(spec), WIDTHS[spec.precision])
     ops = cast.ops(tape, shape, cuda=cuda, rough=rough)
     engine = cast.engine_for(spec)(ops, spec, groups, rendered, plan)
     frozen = {name for group in groups if group.frozen for name in group.names}
     model = _played_model(spec, frozen, ops, engine, cast)
+    rollouts = _Rollouts(spec, plan, ops, engine, model)
     held: list[Storage] = []
     if not rough:
         with tape.during("data", "activations"):
@@ -133,11 +132,12 @@ def play(
     # Targets, scale and loss of the step; of the step before, what the optimizer was given.
     held += [Storage(tape, FLOAT, "other") for _ in range(3)] + [Storage(tape, FLOAT, "workspace") for _ in range(2)]
     loss: Value | None = None
+    rollouts.play()
     for _ in range(engine.steps):
         for index in range(plan.accumulation):
             engine.begin(last=index == plan.accumulation - 1)
             with tape.during("forward", "activations"):
-                loss = model.forward()
+                loss = rollouts.loss(model.forward())
             with tape.during("backward", "workspace"):
                 scaled = [Storage(tape, FLOAT) for _ in range(2)]
                 if isinstance(model, Replay):
@@ -152,5 +152,48 @@ def play(
                 engine.end()
         with tape.during("optimizer", "workspace"):
             engine.step()
+    if engine.steps > 1:
+        rollouts.play()  # now that the order of a training step is known
     del held
     return tape
+
+
+class _Rollouts:
+    """What `ppo` plays beside a step; of other objectives nothing."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        plan: BatchPlan,
+        ops: Ops,
+        engine: Single,
+        model: PlayedDecoder | vla.PlayedVla | Replay,
+    ) -> None:
+        self._objective, self._ops, self._engine, self._model = spec.objective, ops, engine, model
+        self._answers = 0
+        if not isinstance(spec.objective, PPO):
+            return
+        self._answers = 0 if ops.rough else policy.answers_bytes(spec.objective, plan)
+        with ops.tape.during("build", "other"):
+            self._reference = [ops.held(count, FLOAT, "other", on_host=True) for count in engine.masters()]
+            engine.fill()
+            if not ops.rough:
+                kept = policy.rollout_bytes(spec.objective, plan)
+                self._kept = ops.held(kept, 1, "activations", on_host=True)
+
+    def play(self) -> None:
+        """A rollout."""
+        if not isinstance(self._objective, PPO):
+            return
+        assert isinstance(self._model, PlayedDecoder), "the spec refuses others"
+        with self._ops.tape.during("rollout", "activations"):
+            answers = Storage(self._ops.tape, self._answers)
+        policy.play_rollout(self._objective, self._ops, self._engine, self._model)
+        del answers
+
+    def loss(self, found: Value | None) -> Value | None:
+        """The loss of what the model says."""
+        if not isinstance(self._objective, PPO):
+            return found
+        assert found is not None
+        return policy.policy_loss(self._ops, found)

@@ -21,13 +21,13 @@ from typing import Any
 
 from scaling.estimate.caching import cached
 from scaling.estimate.collectives import Ring, ring
-from scaling.estimate.compute import Passes
+from scaling.estimate.compute import HOST_KERNEL_SECONDS, Passes
 from scaling.estimate.flops import Block, Structure
 from scaling.estimate.rates import Rates, host_rate
 from scaling.hardware import Cluster
 from scaling.inventory import blocks, parameters
 from scaling.records import BatchPlan
-from scaling.spec.sections import DDP, FSDP, Decoder, DeepSpeed, Lora, Model, Spec
+from scaling.spec.sections import DDP, FSDP, PPO, Decoder, DeepSpeed, Lora, Model, Spec
 
 OVERLAP_COST = 0.5
 """Of the time that communication runs beside computation, what the computation loses: it shares multiprocessors and
@@ -113,6 +113,58 @@ def costs(step: Step) -> Costs:
             return Costs(
                 copied_bytes=_whole_model_bytes(step), update_bytes=(ADAM_BYTES + NORM_BYTES) * step.work.trained
             )
+
+
+def forward_costs(step: Step) -> Costs:
+    """What the step's backend adds to one of many forward passes without gradients that follow each other."""
+    width, elements = step.rates.width, step.work.elements
+    match step.spec.backend:
+        case FSDP() as backend:
+            shard = step.rendered["mesh"]["dp_shard"]
+            hooks = (sum(count for _, count, _ in step.blocks) + 2) * FSDP_HOOK_SECONDS
+            if not backend.reshard_after_forward:  # gathered by the first of them
+                return Costs(hooks=hooks)
+            outside = step.outside - step.work.head.inputs * step.work.head.outputs if _head_apart(step) else 0
+            exposed = _gathered_ahead(step, ring(step.cluster, shard), outside, 1, overlap=True)
+            again = elements - step.outside + outside  # the root stays gathered
+            copied = 6 * again / shard + 2 * width * again
+            offload = 4 * again / shard / host_rate(step.cluster.gpu) if backend.cpu_offload else 0.0
+            return Costs(exposed, copied, 0.0, offload, hooks)
+        case DeepSpeed() as backend if backend.zero_stage == 3:
+            world, calls = step.plan.world_size, _calls(step)
+            overlap = step.rendered["zero_optimization"]["overlap_comm"]
+            exposed = _gathered_ahead(step, ring(step.cluster, world), step.outside, calls, overlap=overlap)
+            away = backend.offload_parameters is not None
+            offload = width * elements / world / host_rate(step.cluster.gpu) if away else 0.0
+            hooks = calls * sum(count for _, count, _ in step.blocks) * ZERO3_HOOK_SECONDS
+            return Costs(exposed, 2 * width * elements, 0.0, offload, hooks)
+        case DeepSpeed():
+            return Costs()
+        case _ if width == 4:
+            return Costs()
+        case _:  # every weight is cast where it is read
+            casts = len(parameters(step.spec.model, step.spec.lora))
+            return Costs(copied_bytes=6 * elements, hooks=HOST_KERNEL_SECONDS * casts)
+
+
+def _gathered_ahead(step: Step, group: Ring, outside: int, calls: int, *, overlap: bool) -> float:
+    """Exposed time of gathering the blocks, and `outside` elements beside them, in a forward pass."""
+    width = step.rates.width
+    exposed = group.gather(width * outside) if outside else 0.0
+    for block, count, passes in step.blocks:
+        exposed += count * beside(passes.forward.seconds * overlap, group.gather(width * block.elements, calls))
+    return exposed
+
+
+def masters(step: Step) -> float:
+    """Elements of the fp32 weights of a rank."""
+    match step.spec.backend:
+        case FSDP():
+            return step.work.elements / step.rendered["mesh"]["dp_shard"]
+        case DeepSpeed():
+            return step.work.elements / step.plan.world_size
+        case _:
+            return float(step.work.elements)
 
 
 def beside(computation: float, communication: float) -> float:
@@ -269,12 +321,12 @@ def _zero3(step: Step, backend: DeepSpeed) -> Costs:
     everyone = ring(step.cluster, world)
     near = zero["zero_hpz_partition_size"]
     again = ring(step.cluster, near) if near > 1 else everyone
-    at_once = step.spec.compile or step.spec.activation_checkpointing == "selective"  # blocks, not their modules
-    calls = 1 if at_once else _modules(step.spec.model, step.spec.lora)
+    calls = _calls(step)
     overlap = zero["overlap_comm"]  # without it everything is on one stream
     # What is used again within the distance is kept: the blocks around the turn from forward to backward pass.
     kept = min(zero["stage3_max_reuse_distance"] / 2, zero["stage3_max_live_parameters"]) / step.work.elements
-    gathered_again = max(0.0, 1 - kept)
+    # What was freed after a module in sampling is freed there ever after (`unneeded` of deepspeed_engines.py).
+    gathered_again = 1.0 if isinstance(step.spec.objective, PPO) else max(0.0, 1 - kept)
 
     def reduced(trained: int) -> float:
         bucket = max(1, round(trained / zero["reduce_bucket_size"]))
@@ -300,6 +352,12 @@ def _zero3(step: Step, backend: DeepSpeed) -> Costs:
         waits += _host_update(step, backend.offload_optimizer, share)
         update = 0.0
     return Costs(exposed, steps * copied, update, waits, hooks)
+
+
+def _calls(step: Step) -> int:
+    """Gatherings of a block: one where blocks, not their modules, are gathered."""
+    at_once = step.spec.compile or step.spec.activation_checkpointing == "selective"
+    return 1 if at_once else _modules(step.spec.model, step.spec.lora)
 
 
 @cached

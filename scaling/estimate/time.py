@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from scaling.estimate.compute import (
+    HOST_BACKWARD_SECONDS,
+    HOST_KERNEL_SECONDS,
+    KERNEL_SECONDS,
     Pass,
     Passes,
     block_passes,
@@ -16,18 +19,14 @@ from scaling.estimate.flops import Block, Product, Structure, structure, train_f
 from scaling.estimate.rates import rates_of
 from scaling.estimate.replay import recorded_ledger
 from scaling.estimate.results import TimeEstimate
+from scaling.estimate.sampling import rollout_seconds
 from scaling.estimate.strategies import Costs, Step, costs
 from scaling.groups import Group
 from scaling.hardware import Cluster
 from scaling.inventory import attended_length, block_finder, inventory_of, text_length
 from scaling.records import BatchPlan
-from scaling.spec.sections import Recorded, Spec, Vla, in_chunks, packs
+from scaling.spec.sections import PPO, Recorded, Spec, Vla, in_chunks, packs
 
-KERNEL_SECONDS = 2e-6
-"""What each kernel loses on the device between the one before and itself, filling up included. Engineering judgement:
-the shortest kernel of a stream takes about this long."""
-HOST_KERNEL_SECONDS, HOST_BACKWARD_SECONDS = 8e-6, 5e-6
-"""The host's time to issue a kernel from Python, and from autograd's own thread. Engineering judgement."""
 STEP_SECONDS = 2e-3
 """Host time once a step: batch, learning rates, norm, metrics. Engineering judgement."""
 TENSOR_SECONDS = 2e-6
@@ -52,6 +51,8 @@ def estimate_time(
         "offload_exposed": added.offload,
     }
     parts["overhead"] = _overhead(step, added, sum(parts.values()) - parts["optimizer"])
+    if isinstance(spec.objective, PPO):
+        parts |= rollout_seconds(step, spec.objective)
     seconds = sum(parts.values())
     rate = plan.global_tokens / plan.world_size / seconds
     peak = cluster.gpu.peak_flops(spec.precision)
@@ -76,13 +77,14 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
         return _recorded_step(spec, model, plan, rendered, cluster, frozen)
     work = structure(model, frozen, spec.lora)
     tokens, length = plan.micro_batch * plan.sequence_length, attended_length(spec)
+    masked = packs(spec.data) or isinstance(spec.objective, PPO)
     blocks = tuple(
         # Where a mask says who sees whom, no kernel knows that it is causal, and half the scores are made in vain.
-        (block, count, block_passes(model, block, tokens, length, mode, spec.compile, rates, not packs(spec.data)))
+        (block, count, block_passes(model, block, tokens, length, mode, spec.compile, rates, not masked))
         for block, count in work.blocks
     )
-    chunked = in_chunks(spec.objective)
-    head = head_passes(model, work.head, tokens, chunked, rates)
+    chunked, by_token = in_chunks(spec.objective), isinstance(spec.objective, PPO)
+    head = head_passes(model, work.head, tokens, chunked, rates, by_token)
     return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
 
 

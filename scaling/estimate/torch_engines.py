@@ -93,6 +93,13 @@ class Single:
         """After a module."""
         return value
 
+    def masters(self) -> list[int]:
+        """Elements of each fp32 weight of this rank, as `Engine.state` lists them."""
+        return [self.held(parameter) for parameter in self.parameters]
+
+    def refresh(self) -> None:
+        """Once the masters were written to (`Engine.loading`)."""
+
     def begin(self, *, last: bool) -> None:
         """Before a micro-step."""
 
@@ -273,6 +280,11 @@ class FSDP(Single):
             return [gradient]
 
         return Value(value.storage, value.elements, Node(self.tape, [value.node], [], run))
+
+    def refresh(self) -> None:
+        for unit in self.units:
+            unit.gathering = None
+            self._shard(unit)
 
     def begin(self, *, last: bool) -> None:
         self._last = last

@@ -11,7 +11,10 @@ from torch import Tensor
 from scaling.profile.clock import Clock
 from scaling.profile.live import UNLABELLED, LiveBytes
 
-_MADE_IN = {"data": "activations", "forward": "activations", "backward": "workspace", "optimizer": "workspace"}
+_MADE_IN = {
+    **dict.fromkeys(("data", "rollout", "forward"), "activations"),
+    **dict.fromkeys(("backward", "optimizer"), "workspace"),
+}
 """What a tensor is that nothing else is known of, by the phase in which it is made."""
 
 

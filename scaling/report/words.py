@@ -35,6 +35,8 @@ PHASES = {
     "checkpoint": "checkpoints",
     "profiling": "profiling",
     "rest": "start, restarts and lost work",
+    "sampling": "sampling",
+    "scoring": "scoring of samples",
     "compute": "compute",
     "communication_exposed": "exposed communication",
     "offload_exposed": "exposed offload",
