@@ -13,9 +13,10 @@ from scaling.spec import load_spec
 CASES = {
     ("gpt-parity", 1, "fp32"): "single,ddp,fsdp,zero1,zero2,zero3",
     ("gpt-parity", 2, "bf16"): "fsdp,ddp,hsdp,zero1,zero2,zero3,zero3-hpz-cut,zero1-offload,zero2-offload,"
-    "zero3-offload-cut",
-    ("llama-parity", 3, "fp32"): "fsdp,ddp,fsdp-keep,fsdp-offload,zero1,zero2,zero3-cut,zero2-offload,zero3-offload",
-    ("llama-parity", 1, "fp16"): "single,fsdp",  # DeepSpeed has no fp16 on a CPU
+    "zero3-offload-cut,fsdp-replicate,hsdp-replicate,zero3-replicate-cut",
+    ("llama-parity", 3, "fp32"): "fsdp,ddp,fsdp-keep,fsdp-offload,zero1,zero2,zero3-cut,zero2-offload,zero3-offload,"
+    "fsdp-replicate,fsdp-offload-replicate,zero3-replicate,zero3-offload-replicate",
+    ("llama-parity", 1, "fp16"): "single,fsdp,fsdp-replicate",  # DeepSpeed has no fp16 on a CPU
     ("gpt-parity", 2, "fp32"): "zero2,hsdp,zero3-hpz-cut,zero3-cut",
 }
 LONG = (("llama-parity", 3, "fp32"),)

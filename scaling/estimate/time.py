@@ -71,7 +71,7 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
         alike = tuple((block, count) for block, count, _ in blocks)
         work = Structure(alike, parts.ends[-1][0], parts.elements, parts.trained, parts.trained_tensors)
         head = ends_passes(parts.ends, plan.micro_batch, rates)
-        return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
+        return Step(spec, plan, rendered, cluster, work, rates, blocks, head, frozen)
     if isinstance(model, Recorded):
         return _recorded_step(spec, model, plan, rendered, cluster, frozen)
     work = structure(model, frozen, spec.lora)
@@ -83,7 +83,7 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
     )
     chunked = in_chunks(spec.objective)
     head = head_passes(model, work.head, tokens, chunked, rates)
-    return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
+    return Step(spec, plan, rendered, cluster, work, rates, blocks, head, frozen)
 
 
 def _recorded_step(
@@ -114,7 +114,7 @@ def _recorded_step(
         trained=sum(elements[name] for name in trained),
         trained_tensors=len(trained),
     )
-    return Step(spec, plan, rendered, cluster, work, rates, tuple(blocks), head)
+    return Step(spec, plan, rendered, cluster, work, rates, tuple(blocks), head, frozen)
 
 
 def _overhead(step: Step, added: Costs, device: float) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling.host_memory import COPY_BYTES, limits, resident_bytes
+from scaling.models.frozen import all_parameters
 from scaling.profile.storages import storages
 from scaling.watch.exhausted import COPY, REST, Exhausted, Held, asked_bytes, is_exhausted, is_of_host, message_of
 
@@ -125,7 +126,7 @@ def _parts(device: torch.device, engine: Stocked | None) -> dict[str, int]:
 
     found: dict[str, int] = {}
     if engine is not None:
-        weights = list(engine.module.parameters())
+        weights = all_parameters(engine.module)
         found["parameters"] = fresh(getattr(weight, "ds_tensor", weight) for weight in weights)
         found["gradients"] = fresh(_gradients(engine.module, weights))
         # Shards on NVMe would be read into memory, which there is none of.
