@@ -10,10 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from scaling.engine.protocol import Engine
 from scaling.models.decoder import Head
-from scaling.models.frozen import all_parameters
 from scaling.profile.live import UNLABELLED
 from scaling.profile.meter import MemoryMeter
-from scaling.profile.stock import flat_gradients
+from scaling.profile.stock import all_parameters, flat_gradients
 
 
 @contextlib.contextmanager

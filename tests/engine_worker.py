@@ -48,6 +48,8 @@ VARIANTS = {
         "sub_group_size": 1_000_000,
     },
 }
+# What is frozen is not read from disk: prefetching does no harm.
+VARIANTS["zero3-nvme-replicate"] = VARIANTS["zero3-nvme"] | {"frozen": "replicate", "prefetch_bucket_size": None}
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from scaling.engine.blocks import prepare_blocks
 from scaling.engine.extensions import remove_stale_locks
-from scaling.engine.frozen import gather, on_host, replica
+from scaling.engine.frozen import gather, hide_frozen, keep_whole, on_host, replica
 from scaling.engine.optimizer import build_adamw, make_moments, moments, set_updates, updates
 from scaling.engine.precision import DTYPES
 from scaling.engine.process import Process
 from scaling.engine.protocol import FlatShard
 from scaling.errors import UserError
 from scaling.groups import Group
-from scaling.models.frozen import hide_frozen, keep_whole
 from scaling.models.recipe import ModelRecipe, canonical_name
 from scaling.spec.sections import DeepSpeed, Spec
 

@@ -21,14 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from scaling.engine.blocks import prepare_blocks
-from scaling.engine.frozen import gather, on_host, replica
+from scaling.engine.frozen import gather, keep_whole, on_host, replica
 from scaling.engine.optimizer import build_adamw, make_moments, moments, set_updates, updates
 from scaling.engine.precision import compute_in
 from scaling.engine.process import Process
 from scaling.engine.protocol import FlatShard
 from scaling.engine.scaler import LossScaler
 from scaling.groups import Group
-from scaling.models.frozen import keep_whole
 from scaling.models.recipe import ModelRecipe, canonical_name
 from scaling.spec.sections import Spec
 

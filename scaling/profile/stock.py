@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from scaling.host_memory import COPY_BYTES, limits, resident_bytes
-from scaling.models.frozen import all_parameters
 from scaling.profile.storages import storages
 from scaling.watch.exhausted import COPY, REST, Exhausted, Held, asked_bytes, is_exhausted, is_of_host, message_of
 
@@ -137,6 +136,12 @@ def _parts(device: torch.device, engine: Stocked | None) -> dict[str, int]:
     found[COPY] = fresh(tensor for tensor in others if _is_copy(tensor))
     found[REST] = fresh(others)
     return {name: size for name, size in found.items() if size or name != COPY}
+
+
+def all_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those of a module, and those that an engine has made buffers for DeepSpeed not to cut them; each once."""
+    hidden = (buffer for buffer in module.buffers() if isinstance(buffer, nn.Parameter))
+    return [*module.parameters(), *hidden]
 
 
 def _is_copy(tensor: Tensor) -> bool:
