@@ -31,6 +31,13 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "zero1-small": {"kind": "deepspeed", "zero_stage": 1, "reduce_bucket_size": 20_000},
     "zero2-small": {"kind": "deepspeed", "zero_stage": 2, "reduce_bucket_size": 20_000},
     "zero3": {"kind": "deepspeed", "zero_stage": 3, "reduce_bucket_size": 200_000},
+    "zero3-replicate": {
+        "kind": "deepspeed",
+        "zero_stage": 3,
+        "frozen": "replicate",
+        "reduce_bucket_size": 50_000,
+        "param_persistence_threshold": 300,
+    },
     "zero3-small": {
         "kind": "deepspeed",
         "zero_stage": 3,
@@ -41,6 +48,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
         "max_reuse_distance": 50_000,
         "sub_group_size": 100_000,
     },
+    "fsdp-replicate": parity.BACKENDS["fsdp-replicate"],
     "fsdp-offload": {"kind": "fsdp", "cpu_offload": True},
     "zero1-offload": {"kind": "deepspeed", "zero_stage": 1, "reduce_bucket_size": 50_000, "offload_optimizer": "cpu"},
     "zero2-offload": {"kind": "deepspeed", "zero_stage": 2, "reduce_bucket_size": 50_000, "offload_optimizer": "cpu"},
@@ -53,6 +61,9 @@ BACKENDS: dict[str, dict[str, Any]] = {
         "offload_parameters": "cpu",
     },
 }
+
+FROZEN_WHOLE = ("fsdp-replicate", "zero3-replicate")
+"""Drawn where `--backends` names them: as the others where nothing is frozen."""
 
 
 def main() -> int:
@@ -285,7 +296,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.splitlines()[0])
     parser.add_argument("--decoders", type=int, default=210, help="how many (default %(default)s)")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--backends", default=",".join(BACKENDS), help=f"of {','.join(BACKENDS)}")
+    usual = ",".join(name for name in BACKENDS if name not in FROZEN_WHOLE)
+    parser.add_argument("--backends", default=usual, help=f"of {','.join(BACKENDS)} (default %(default)s)")
     parser.add_argument("--lora", type=float, default=0.25, help="share of them with adapters (default %(default)s)")
     parser.add_argument("--vlas", type=int, default=75, help="vision-language-action models (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="rehearsals at a time")

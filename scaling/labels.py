@@ -12,7 +12,7 @@ from scaling.engine.protocol import Engine
 from scaling.models.decoder import Head
 from scaling.profile.live import UNLABELLED
 from scaling.profile.meter import MemoryMeter
-from scaling.profile.stock import flat_gradients
+from scaling.profile.stock import all_parameters, flat_gradients
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def labelled(engine: Engine, meter: MemoryMeter) -> Iterator[None]:
 
     meter.label_rest("communication")
     meter.label("optimizer", (shard.values for shard in engine.state()))
-    parameters = list(engine.module.parameters())
+    parameters = all_parameters(engine.module)
     meter.label("parameters", (getattr(parameter, "ds_tensor", parameter).detach() for parameter in parameters))
     meter.label("gradients", flat_gradients(engine.module))
     trained = [parameter for parameter in parameters if parameter.requires_grad]

@@ -300,6 +300,8 @@ def _strategy(candidate: Candidate) -> str:
         words.append("kept gathered")
     if backend.get("replicate", 1) > 1:
         words.append(f"{backend['replicate']} replicas")
+    if backend.get("frozen") == "replicate" and (backend["kind"] == "fsdp" or backend.get("zero_stage") == 3):
+        words.append("frozen parts whole")
     for part in ("optimizer", "parameters"):
         if place := backend.get(f"offload_{part}"):
             words.append(f"{part} on {place}")

@@ -22,7 +22,7 @@ from scaling.engine.scaler import LossScaler
 from scaling.groups import resolve_groups
 from scaling.inventory import parameters
 from scaling.models.build import model_recipe
-from scaling.models.recipe import ModelRecipe, canonical_name
+from scaling.models.recipe import ModelRecipe
 from scaling.parity import BACKENDS
 from scaling.render import render
 from scaling.spec import load_spec
@@ -33,6 +33,10 @@ CUT = {"param_persistence_threshold": 5000, "sub_group_size": 20000}
 VARIANTS = {
     **BACKENDS,
     "zero3-cut": BACKENDS["zero3"] | CUT,
+    "hsdp-replicate": BACKENDS["hsdp"] | {"frozen": "replicate"},
+    "fsdp-offload-replicate": BACKENDS["fsdp-offload"] | {"frozen": "replicate"},
+    "zero3-replicate-cut": BACKENDS["zero3-replicate"] | CUT,
+    "zero3-offload-replicate": BACKENDS["zero3-offload"] | CUT | {"frozen": "replicate"},
     "zero3-hpz-cut": BACKENDS["zero3-hpz"] | CUT,
     "zero3-offload-cut": BACKENDS["zero3-offload"] | CUT,
     # With prefetching, DeepSpeed 0.19.8 reads a frozen parameter twice into one buffer, and fails.
@@ -44,6 +48,8 @@ VARIANTS = {
         "sub_group_size": 1_000_000,
     },
 }
+# What is frozen is not read from disk: prefetching does no harm.
+VARIANTS["zero3-nvme-replicate"] = VARIANTS["zero3-nvme"] | {"frozen": "replicate", "prefetch_bucket_size": None}
 
 
 @dataclass(frozen=True)
@@ -271,10 +277,10 @@ def copies_follow(engine: Engine, masters: dict[str, torch.Tensor]) -> bool:
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     equal = True
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in engine._parameters.items():
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             have = parameter.detach().flatten().cpu()
-            equal &= torch.equal(have, masters[canonical_name(name)].to(have.dtype))
+            equal &= torch.equal(have, masters[name].to(have.dtype))
     return equal
 
 

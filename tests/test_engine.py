@@ -13,9 +13,10 @@ from scaling.spec import load_spec
 CASES = {
     ("gpt-parity", 1, "fp32"): "single,ddp,fsdp,zero1,zero2,zero3",
     ("gpt-parity", 2, "bf16"): "fsdp,ddp,hsdp,zero1,zero2,zero3,zero3-hpz-cut,zero1-offload,zero2-offload,"
-    "zero3-offload-cut",
-    ("llama-parity", 3, "fp32"): "fsdp,ddp,fsdp-keep,fsdp-offload,zero1,zero2,zero3-cut,zero2-offload,zero3-offload",
-    ("llama-parity", 1, "fp16"): "single,fsdp",  # DeepSpeed has no fp16 on a CPU
+    "zero3-offload-cut,fsdp-replicate,hsdp-replicate,zero3-replicate-cut",
+    ("llama-parity", 3, "fp32"): "fsdp,ddp,fsdp-keep,fsdp-offload,zero1,zero2,zero3-cut,zero2-offload,zero3-offload,"
+    "fsdp-replicate,fsdp-offload-replicate,zero3-replicate,zero3-offload-replicate",
+    ("llama-parity", 1, "fp16"): "single,fsdp,fsdp-replicate",  # DeepSpeed has no fp16 on a CPU
     ("gpt-parity", 2, "fp32"): "zero2,hsdp,zero3-hpz-cut,zero3-cut",
 }
 LONG = (("llama-parity", 3, "fp32"),)
@@ -96,14 +97,17 @@ def test_state_on_nvme(tmp_path, precision, hidden_size):
     """At these sizes the optimizer's state and the frozen matrices are large enough for DeepSpeed to swap them."""
     sizes = (f"model.hidden_size={hidden_size}", "model.intermediate_size=1024")
     case = ("gpt-parity", 1, precision)
-    seen, done = launch(tmp_path / "seen.jsonl", case, "single,zero3-nvme", tmp_path / "nvme", *sizes)
+    on_nvme = ("zero3-nvme", "zero3-nvme-replicate")
+    names = ",".join(("single", *on_nvme))
+    seen, done = launch(tmp_path / "seen.jsonl", case, names, tmp_path / "nvme", *sizes)
     if "DeepSpeed finds no libaio" in done.stderr:
         pytest.skip("DeepSpeed finds no libaio here")
     assert done.returncode == 0, done.stderr[-3000:]
     swapped = " ".join(path.name for path in (tmp_path / "nvme").rglob("*.swp"))
     assert "exp_avg_sq" in swapped and "_param" in swapped, "nothing was on NVMe: the test shows nothing"
-    check_return(seen["zero3-nvme"], from_start=True)
-    check_taking_over(seen["zero3-nvme"], TOLERANCE[precision])
+    for name in on_nvme:
+        check_return(seen[name], from_start=True)
+        check_taking_over(seen[name], TOLERANCE[precision])
 
 
 def check_return(seen, *, from_start):

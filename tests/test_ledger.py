@@ -54,6 +54,21 @@ FOUND = {  # what draws have found: the ledger was off by 1 to 19 %
     ),
 }
 
+ADAPTERS = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}
+FOUND |= {
+    f"frozen parts whole on every rank: {backend} {precision}, checkpointing {mode}": (
+        *("gpt-parity" if precision == "bf16" else "llama-parity", 4, backend),
+        {
+            "lora": ADAPTERS,
+            "precision": precision,
+            "activation_checkpointing": mode,
+            "model.hidden_size": 192,
+            "batch": {"global_batch_size": 8, "micro_batch_size": 1},
+        },
+    )
+    for backend in ("fsdp-replicate", "zero3-replicate")
+    for precision, mode in (("bf16", "none"), ("fp32", "full"))
+}
 
 CHAT = {"data": {"kind": "chat", "train": ["python-stdlib"], "sequence_length": 64}, "objective": {"kind": "sft"}}
 FOUND |= {

@@ -76,6 +76,26 @@ def test_what_is_tried_on_many_ranks():
     assert offloads == {(stage, place, None) for stage in (1, 2, 3) for place in (None, "cpu")} | {(3, "cpu", "cpu")}
 
 
+def test_frozen_parts_are_tried_cut_and_whole():
+    frozen = 'param_groups=[{"name": "a", "match": ["embed*"], "freeze": true}, {"name": "b", "match": ["*"]}]'
+
+    def whole(*changes):
+        spec = loaded(changes=changes)
+        found = search(spec, EIGHT).candidates
+        for candidate in found[::7]:
+            again = loaded(changes=[*changes, *flags(candidate.changes)])
+            assert again.backend == candidate.spec.backend
+        backends = {candidate.spec.backend for candidate in found if candidate.spec.backend.kind != "ddp"}
+        return sorted((one.kind, getattr(one, "zero_stage", 0)) for one in backends if one.frozen == "replicate")
+
+    assert whole() == []
+    assert whole(frozen) == [("deepspeed", 3), ("fsdp", 0)]
+    assert whole(frozen, 'backend={"kind": "ddp", "frozen": "replicate"}') == [("deepspeed", 3), ("fsdp", 0)]
+    assert whole(frozen, 'backend={"kind": "fsdp", "frozen": "replicate"}') == [("deepspeed", 3), ("fsdp", 0)]
+    stage3 = 'backend={"kind": "deepspeed", "zero_stage": 3, "frozen": "%s"}'
+    assert whole(frozen, stage3 % "replicate") == whole(frozen, stage3 % "shard") == [("deepspeed", 3), ("fsdp", 0)]
+
+
 def test_what_is_tried_on_one_gpu():
     found = search(loaded(changes=["backend.kind=single"]), parse_gpus("1xH200"))
     backends = {(c.spec.backend.kind, getattr(c.spec.backend, "offload_optimizer", None)) for c in found.candidates}

@@ -141,6 +141,24 @@ def test_a_frozen_backbone_costs_less() -> None:
     assert frozen.parts["communication_exposed"] < whole.parts["communication_exposed"]
 
 
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_frozen_parts_that_are_whole_are_not_gathered(backend: str) -> None:
+    rules = [{"name": "backbone", "match": ["layers.*", "embed_tokens.*"], "freeze": True}]
+    groups = {"param_groups": [*rules, {"name": "rest", "match": ["*"]}]}
+    cut, whole = (
+        estimate("2x8xA100-40GB", backend=BACKENDS[backend] | {"frozen": policy}, **groups, **PLAIN)
+        for policy in ("shard", "replicate")
+    )
+    assert whole.parts["communication_exposed"] < 0.5 * cut.parts["communication_exposed"]
+    assert whole.parts["optimizer"] == cut.parts["optimizer"] and whole.step_seconds < cut.step_seconds
+    trained = [{"name": "all", "match": ["*"]}]
+    same = [
+        estimate("2x8xA100-40GB", backend=BACKENDS[backend] | {"frozen": policy}, param_groups=trained, **PLAIN)
+        for policy in ("shard", "replicate")
+    ]
+    assert same[0] == same[1], "nothing is frozen"
+
+
 def test_compiling_saves_memory_traffic() -> None:
     eager, compiled = (estimate("8xH100-80GB", compile=value).parts["compute"] for value in (False, True))
     assert 0.8 * eager < compiled < eager

@@ -117,6 +117,22 @@ WRONG_VALUES: dict[str, tuple[dict[str, Any], str, str]] = {
     "ZeRO stage 4": ({"backend": {**DEEPSPEED, "zero_stage": 4}}, "`backend.zero_stage`", "from 1 to 3"),
     "10**400 steps": ({"max_steps": 10**400}, "`max_steps`", "lower it"),
     "10**400 as LR": ({"optimizer/lr": 10**400}, "`optimizer.lr`", "lower it"),
+    "frozen parts cut by ddp": (
+        {"backend": {"kind": "ddp", "frozen": "shard"}},
+        "`backend.frozen`",
+        'set `backend` to {"kind": "fsdp"}',
+    ),
+    "frozen parts cut by ZeRO-2": (
+        {"backend": {"kind": "deepspeed", "zero_stage": 2, "frozen": "shard"}},
+        "`backend.frozen`",
+        "drop it or use stage 3",
+    ),
+    "frozen parts of one process": ({"backend": {"kind": "single", "frozen": "shard"}}, "`backend.frozen`", "ddp"),
+    "unknown policy for frozen parts": (
+        {"backend": {"kind": "fsdp", "frozen": "replicated"}},
+        "`backend.frozen`",
+        'did you mean "replicate"?',
+    ),
     "unknown backend": ({"backend": {"kind": "fdsp"}}, "`backend.kind`", 'did you mean "fsdp"?'),
     "kind in place of its section": ({"backend": "ddp"}, "`backend`", 'did you mean {"kind": "ddp"}?'),
     "unknown precision": ({"precision": "bfloat16"}, "`precision`", 'did you mean "bf16"?'),

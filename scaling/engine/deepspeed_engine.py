@@ -5,19 +5,18 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaling.engine.blocks import prepare_blocks
 from scaling.engine.extensions import remove_stale_locks
+from scaling.engine.frozen import gather, hide_frozen, keep_whole, on_host, replica
 from scaling.engine.optimizer import build_adamw, make_moments, moments, set_updates, updates
 from scaling.engine.precision import DTYPES
 from scaling.engine.process import Process
-from scaling.engine.protocol import FlatShard, cut
+from scaling.engine.protocol import FlatShard
 from scaling.errors import UserError
 from scaling.groups import Group
 from scaling.models.recipe import ModelRecipe, canonical_name
@@ -43,10 +42,14 @@ def build_deepspeed(
         with torch.device(process.device), _default_dtype(DTYPES[spec.precision]):
             model = recipe.build()
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-    _fill(deepspeed, parameters, recipe, process, sharded=stage3)
     frozen = {name for group in groups if group.frozen for name in group.names}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in frozen)
+    if stage3 and not backend.shards_frozen:
+        keep_whole(model, DTYPES[spec.precision], process.device)
+        parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+        hide_frozen(model)  # DeepSpeed cuts every parameter that it finds
+    _fill(deepspeed, parameters, recipe, process)
     prepare_blocks(model, recipe.blocks, checkpointing=spec.activation_checkpointing, compiled=spec.compile)
     if stage3 and (spec.compile or spec.activation_checkpointing == "selective"):
         # Parameters gathered block by block: hooks on every layer inside would break every graph, and what they run
@@ -84,7 +87,7 @@ class DeepSpeedEngine:
         self._stage3 = stage3
         half = engine.bfloat16_enabled() or engine.fp16_enabled()
         # In 16 bits DeepSpeed has no fp32 values of what is frozen; without them a move to another backend would round.
-        self._frozen_masters = {shard.name: _on_host(shard.own()) for shard in self._frozen()} if half else {}
+        self._frozen_masters = {shard.name: on_host(shard) for shard in self._frozen()} if half else {}
         if engine.fp16_enabled():
             # The loop ends a run whose scale is 1 and whose gradients are not finite, and says where they came from.
             engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -158,17 +161,15 @@ class DeepSpeedEngine:
         refresh(self._parameters, optimizer, self._frozen_masters)
 
     def _frozen(self) -> Iterator[FlatShard]:
-        """Frozen parameters as DeepSpeed keeps them: whole on every rank, or cut at stage 3."""
-        world_size, rank = dist.get_world_size(), dist.get_rank()
+        """Frozen parameters as they are kept: whole on every rank, or cut at stage 3."""
         for name, parameter in self._parameters.items():
             if parameter.requires_grad:
                 continue
-            if self._stage3:
+            if _is_cut(parameter):
                 with _partition(parameter) as part:
                     yield _stage3_shard(name, "master", parameter, part)
             else:
-                values = parameter.detach().view(-1)
-                yield FlatShard(name, "master", parameter.numel(), 0, values, copies=world_size, copy=rank)
+                yield replica(name, parameter)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -253,11 +254,9 @@ def _ask_for_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
 
 
 @torch.no_grad()
-def _fill(
-    deepspeed: Any, parameters: dict[str, nn.Parameter], recipe: ModelRecipe, process: Process, *, sharded: bool
-) -> None:
+def _fill(deepspeed: Any, parameters: dict[str, nn.Parameter], recipe: ModelRecipe, process: Process) -> None:
     for name, parameter in parameters.items():
-        if not sharded:
+        if not _is_cut(parameter):
             parameter.copy_(recipe.initial_value(name, parameter.shape))
             continue
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -298,17 +297,8 @@ def _stage12_state(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> It
 def _refresh_stage12(parameters: Mapping[str, Any], optimizer: Any, frozen_masters: Mapping[str, FlatShard]) -> None:
     """Masters to the parameters of all ranks. Of a frozen one each rank has a part: rounded, they are gathered."""
     optimizer.update_lp_params()
-    world_size = dist.get_world_size()
     for name, shard in frozen_masters.items():
-        whole = parameters[name].detach().view(-1)
-        longest = -(-whole.numel() // world_size)
-        part, parts = whole.new_zeros(longest), whole.new_empty(world_size * longest)
-        part[: shard.values.numel()] = shard.values.to(whole.device, whole.dtype)
-        # As bytes: not every backend knows every 16-bit type.
-        dist.all_gather_into_tensor(parts.view(torch.uint8), part.view(torch.uint8))
-        for rank, values in enumerate(parts.view(world_size, longest)):
-            place = cut(whole.numel(), world_size, rank)
-            whole[place] = values[: place.stop - place.start]
+        gather(parameters[name], shard)
 
 
 def _stage3_state(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> Iterator[FlatShard]:
@@ -334,6 +324,9 @@ def _refresh_stage3(parameters: Mapping[str, Any], optimizer: Any, frozen_master
         with _swapped_in(optimizer, index):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
     for name, shard in frozen_masters.items():
+        if not _is_cut(parameters[name]):
+            gather(parameters[name], shard)
+            continue
         with _partition(parameters[name]) as part:
             part[: shard.values.numel()].copy_(shard.values)
     for parameter in parameters.values():
@@ -361,8 +354,8 @@ def _stage3_shard(name: str, kind: str, parameter: Any, part: Tensor) -> FlatSha
     return FlatShard(name, kind, parameter.ds_numel, min(start, parameter.ds_numel), part[:kept])
 
 
-def _on_host(shard: FlatShard) -> FlatShard:
-    return replace(shard, values=shard.values.to("cpu", torch.float32, copy=True))
+def _is_cut(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from scaling.engine.blocks import prepare_blocks
+from scaling.engine.frozen import gather, keep_whole, on_host, replica
 from scaling.engine.optimizer import build_adamw, make_moments, moments, set_updates, updates
 from scaling.engine.precision import compute_in
 from scaling.engine.process import Process
@@ -57,14 +58,19 @@ def build_fsdp(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups
         model = recipe.build()
     _freeze(model, groups)
     prepare_blocks(model, recipe.blocks, checkpointing=spec.activation_checkpointing, compiled=spec.compile)
+    whole = {p for p in model.parameters() if not p.requires_grad} if rendered["frozen"] == "replicate" else set()
     axes: dict[str, int] = rendered["mesh"]
     mesh = init_device_mesh(process.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    _apply_wrap_plan(model, rendered, mesh)
-    offload = rendered["cpu_offload"]
-    model.to_empty(device="cpu" if offload else process.device)
-    _fill(model, recipe)
+    _apply_wrap_plan(model, rendered, mesh, whole)
+    if whole:
+        keep_whole(model, getattr(torch, rendered["param_dtype"]), process.device)
+    device = torch.device("cpu") if rendered["cpu_offload"] else process.device
+    # As `to_empty` does, which would make what has its memory anew.
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.device.type == "meta" else tensor)
+    masters = _fill(model, recipe)
     _fill_buffers(model, recipe)
-    return TorchEngine(model, spec, rendered, groups, process, shard_group=mesh["dp_shard"].get_group())
+    shard_group = mesh["dp_shard"].get_group()
+    return TorchEngine(model, spec, rendered, groups, process, shard_group=shard_group, frozen_masters=masters)
 
 
 class TorchEngine:
@@ -79,8 +85,11 @@ class TorchEngine:
         process: Process,
         *,
         shard_group: dist.ProcessGroup | None = None,
+        frozen_masters: Mapping[str, FlatShard] | None = None,
     ) -> None:
+        """`frozen_masters`: of parameters that are kept in 16 bits this rank's part of their fp32 values."""
         self.module = module
+        self._frozen_masters = frozen_masters or {}
         self._parameters = {canonical_name(name): p for name, p in module.named_parameters()}
         grouped = {name for group in groups for name in group.names}
         assert grouped == set(self._parameters), f"the wrapped model differs in {grouped ^ set(self._parameters)}"
@@ -141,6 +150,9 @@ class TorchEngine:
 
     def state(self) -> Iterator[FlatShard]:
         for name, parameter in self._parameters.items():
+            if name in self._frozen_masters:
+                yield self._frozen_masters[name]
+                continue
             local = self._local[name]
             start, copies, copy = _place(parameter)
             tensors = {"master": local.detach(), **moments(self._optimizer, local)}
@@ -156,6 +168,8 @@ class TorchEngine:
         for name in self._trainable:
             make_moments(self._optimizer, self._local[name])
         yield
+        for name, part in self._frozen_masters.items():
+            gather(self._parameters[name], part)
         set_updates(self._optimizer, counters["updates"])
         if self._scaler:
             self._scaler.load(counters)
@@ -224,7 +238,8 @@ def _whole_model(
     return model
 
 
-def _apply_wrap_plan(model: nn.Module, rendered: dict[str, Any], mesh: DeviceMesh) -> None:
+def _apply_wrap_plan(model: nn.Module, rendered: dict[str, Any], mesh: DeviceMesh, whole: set[nn.Parameter]) -> None:
+    """`whole`: parameters that are not to be cut."""
     dtype, reduce_dtype = getattr(torch, rendered["param_dtype"]), getattr(torch, rendered["reduce_dtype"])
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
     offload: OffloadPolicy = OffloadPolicy()
@@ -238,9 +253,17 @@ def _apply_wrap_plan(model: nn.Module, rendered: dict[str, Any], mesh: DeviceMes
             reshard_after_forward=entry["reshard_after_forward"],
             mp_policy=policy,
             offload_policy=offload,
+            ignored_params=whole,
         )
     # The root keeps what it gathered until its backward pass ends: gathering it twice would gain nothing.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
+    fully_shard(
+        model,
+        mesh=mesh,
+        reshard_after_forward=False,
+        mp_policy=policy,
+        offload_policy=offload,
+        ignored_params=whole,
+    )
 
 
 def _freeze(model: nn.Module, groups: Sequence[Group]) -> None:
@@ -250,10 +273,16 @@ def _freeze(model: nn.Module, groups: Sequence[Group]) -> None:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, recipe: ModelRecipe) -> None:
-    """Write the initial values, one whole parameter at a time on the host, each rank keeping its part."""
+def _fill(model: nn.Module, recipe: ModelRecipe) -> dict[str, FlatShard]:
+    """Write the initial values, one whole parameter at a time on the host, each rank keeping its part.
+
+    Returns this rank's part in fp32 of those that are in 16 bits, by canonical name.
+    """
+    rounded: dict[str, FlatShard] = {}
     for name, parameter in model.named_parameters():
         value = recipe.initial_value(canonical_name(name), parameter.shape)
+        if parameter.dtype != value.dtype:
+            rounded[canonical_name(name)] = on_host(replica(canonical_name(name), value))
         if isinstance(parameter, DTensor):
             device = parameter.device_mesh.device_type
             # Every rank has the whole value: no rank is the source, nothing is sent.
@@ -261,6 +290,7 @@ def _fill(model: nn.Module, recipe: ModelRecipe) -> None:
             parameter.to_local().copy_(cut.to_local())
         else:
             parameter.copy_(value)
+    return rounded
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from typing import Any
 
 from scaling.estimate.ops import FLOAT, Ops
 from scaling.estimate.tape import Leaf, Node, Refilled, Storage, Tape, Value
-from scaling.estimate.torch_engines import Single
+from scaling.estimate.torch_engines import Single, whole_frozen
 from scaling.groups import Group
 from scaling.inventory import ADAPTERS, Parameter, block_finder, tied
 from scaling.records import BatchPlan
-from scaling.spec.sections import PPO, Decoder, Spec
+from scaling.spec.sections import PPO, Decoder, DeepSpeed, Spec
 
 DOUBLE = 8
 """Bytes of an element in which norms are taken: `get_norm_dtype`."""
@@ -108,9 +108,8 @@ class _Flat(Single):
                 self.values[name] = Value(flat.flat, sizes[name], leaf)
         for name, size in sizes.items():
             if name not in self.values:
-                self.values[name] = Value(Storage(self.tape, self.width * size), size)
-                if self.width != FLOAT:  # this rank's part in fp32, for checkpoints
-                    self.host.append(self.ops.held(size // self.ranks, FLOAT, "optimizer", on_host=True))
+                self.values[name], masters = whole_frozen(self.ops, size, self.ranks)
+                self.host += masters
         if self.offloads:
             largest = max(sizes[name] for group in self.trained for name in group.names)
             for on_host in (True, False):
@@ -361,11 +360,13 @@ class ZeRO3(Single):
         self.zero: dict[str, Any] = rendered["zero_optimization"]
         ops.zero3_linear = self.zero["memory_efficient_linear"]
         self.checks_overflow = spec.precision != "fp32"
+        backend = spec.backend
+        self.shards_frozen = not isinstance(backend, DeepSpeed) or backend.shards_frozen
         self.trained = [group for group in groups if not group.frozen]
         self.sizes: dict[str, int] = {}
         self.whole: dict[str, Storage] = {}
         self.modules: dict[str, list[str]] = {}
-        """Names of its own parameters, for each module that has any."""
+        """Names of its own parameters, those that are cut, for each module that has any."""
         self.persistent: set[str] = set()
         self.users: dict[str, set[str]] = {}
         """Modules at work on a parameter."""
@@ -408,8 +409,13 @@ class ZeRO3(Single):
         return -(-self.sizes[name] // self.ranks)
 
     def build(self) -> None:
+        self.held_state: list[Storage] = []
         for parameter in self.parameters:
             name = parameter.name
+            if name not in self.leaves and not self.shards_frozen:
+                self.values[name], masters = whole_frozen(self.ops, parameter.elements, self.ranks)
+                self.held_state += masters
+                continue
             self.sizes[name] = parameter.elements
             self.modules.setdefault(self.owner(name), []).append(name)
             self.users[name] = set()
@@ -417,7 +423,7 @@ class ZeRO3(Single):
             if parameter.elements <= self.zero["stage3_param_persistence_threshold"]:
                 self.persistent.add(name)
         for first, *others in self.tied:
-            for other in others:
+            for other in others if first in self.sizes else ():
                 self.modules.setdefault(other.rpartition(".")[0], []).append(first)
         self.sub_groups: list[int] = []
         for group in self.trained:
@@ -431,7 +437,7 @@ class ZeRO3(Single):
         self.asking = {self.block_of(name) for name in self.leaves} - {None} if self.leaf_modules else set[str | None]()
         """Blocks that ask for a gradient of their input."""
         away, offloads = "offload_param" in self.zero, self.offloads
-        self.held_state = [held(total, self.width, "parameters", on_host=away)]
+        self.held_state.append(held(total, self.width, "parameters", on_host=away))
         for name in self.sizes.keys() - self.leaves.keys():
             self.held_state.append(held(self.part(name), self.width, "parameters", on_host=away))
             if self.width != FLOAT:
@@ -454,6 +460,8 @@ class ZeRO3(Single):
         return f"{module}.base_layer" if last in self.adapted else f"{module}.default" if last in ADAPTERS else module
 
     def read(self, name: str) -> Value:
+        if name not in self.sizes:
+            return self.values[name]
         return Value(self.whole[name], self.sizes[name], self.leaves.get(name))
 
     # ------------------------------------------------------------ gathering

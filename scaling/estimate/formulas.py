@@ -25,9 +25,13 @@ def formulas(spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], worl
     width = WIDTHS[spec.precision]
     match spec.backend:
         case FSDP():
-            held = _fsdp(spec.backend, everything, trained, rendered["mesh"]["dp_shard"], width)
+            cut = everything if spec.backend.shards_frozen else trained
+            held = _fsdp(spec.backend, cut, trained, rendered["mesh"]["dp_shard"], width)
+            held["parameters"] += _beside(width, everything - cut)
         case DeepSpeed():
-            held = _zero(spec, spec.backend, everything, trained, rendered["zero_optimization"], world_size, width)
+            cut = trained if spec.backend.zero_stage == 3 and not spec.backend.shards_frozen else everything
+            held = _zero(spec, spec.backend, cut, trained, rendered["zero_optimization"], world_size, width)
+            held["parameters"] += _beside(width, everything - cut)
         case _:
             held = _whole(everything, trained, buckets=isinstance(spec.backend, DDP))
     played = f"scaling/estimate/{spec.model.kind}.py"
@@ -37,6 +41,10 @@ def formulas(spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], worl
         "workspace": "op by op; 64 MiB of it cuBLAS's (aten/src/ATen/cuda/CublasHandlePool.cpp)",
         "other": "loss, scale and counts",
     }
+
+
+def _beside(width: int, elements: int) -> str:
+    return f"; {width} B x {elements:,} that do not train, whole" if elements else ""
 
 
 def _whole(everything: int, trained: int, *, buckets: bool) -> dict[str, str]:

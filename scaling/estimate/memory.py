@@ -23,7 +23,7 @@ from scaling.hardware import GPU
 from scaling.inventory import parameters
 from scaling.records import BatchPlan
 from scaling.render import render
-from scaling.spec.sections import PPO, Decoder, Spec, in_chunks
+from scaling.spec.sections import PPO, Decoder, DeepSpeed, Spec, in_chunks
 from scaling.units import GiB
 
 PER_SEQUENCE = 2**64
@@ -126,9 +126,12 @@ class MemoryModel:
 
     @cached_property
     def _persistent_share(self) -> float:
-        """Of the model's elements, those that ZeRO-3 never cuts again."""
+        """Of the elements that ZeRO-3 cuts, those that it never cuts again."""
         limit = self._rendered["zero_optimization"]["stage3_param_persistence_threshold"]
-        sizes = [parameter.elements for parameter in parameters(self._spec.model, self._spec.lora)]
+        backend = self._spec.backend
+        keeps = isinstance(backend, DeepSpeed) and not backend.shards_frozen
+        whole = {name for group in self._groups if group.frozen and keeps for name in group.names}
+        sizes = [p.elements for p in parameters(self._spec.model, self._spec.lora) if p.name not in whole]
         return sum(size for size in sizes if size <= limit) / sum(sizes)
 
     def _chunks(self, micro_batch: int) -> int:

@@ -221,7 +221,7 @@ def _backends(spec: Spec, cluster: Cluster) -> Iterator[dict[str, Any]]:
         for replicate in (count for count in range(1, cluster.nodes + 1) if cluster.nodes % count == 0):
             for reshard in (True, False):  # each replica is cut over whole nodes, whose own links are the fast ones
                 sharding = {"kind": "fsdp", "reshard_after_forward": reshard, "cpu_offload": False}
-                yield _like_own(spec, sharding | {"replicate": replicate})
+                yield from _policies(spec, sharding | {"replicate": replicate}, both=reshard)
         offload = {"reshard_after_forward": True, "replicate": 1, "cpu_offload": True}
         yield _like_own(spec, {"kind": "fsdp", **offload})
     for stage in (1, 2, 3):
@@ -229,7 +229,15 @@ def _backends(spec: Spec, cluster: Cluster) -> Iterator[dict[str, Any]]:
         places += [("cpu", None), ("cpu", "cpu")] if stage == 3 else [("cpu", None)]
         for optimizer, weights in places:
             offload = {"offload_optimizer": optimizer, "offload_parameters": weights, "nvme_path": None}
-            yield _like_own(spec, {"kind": "deepspeed", "zero_stage": stage, **offload})
+            settings = {"kind": "deepspeed", "zero_stage": stage, **offload}
+            yield from _policies(spec, settings, both=stage == 3 and optimizer is None)
+
+
+def _policies(spec: Spec, settings: dict[str, Any], *, both: bool) -> Iterator[dict[str, Any]]:
+    """`settings` of a backend; with `both`, where something does not train, also with that whole on every rank."""
+    yield _like_own(spec, settings)
+    if both and (spec.lora is not None or any(group.freeze for group in spec.param_groups)):
+        yield _like_own(spec, settings | {"frozen": "replicate"})
 
 
 def _runs(spec: Spec, world_size: int) -> bool:
@@ -245,12 +253,19 @@ def _runs(spec: Spec, world_size: int) -> bool:
 def _like_own(spec: Spec, settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` of a backend, with what the spec's own says beyond them as far as this one has such fields.
 
-    Fields that default to None belong to one ZeRO stage: at another they would be refused.
+    Fields that default to None belong to one ZeRO stage: at another they would be refused. What does not train is cut
+    where it can be, unless `settings` say otherwise.
     """
     own, fields = spec.backend.model_dump(), _FIELDS[settings["kind"]]
     stays = own.get("zero_stage") == settings.get("zero_stage")
     shared = [name for name in own if name in fields and (stays or fields[name].default is not None)]
+    if own["kind"] != settings["kind"] or not stays or (own.get("frozen") == "replicate" and _can_cut_frozen(own)):
+        shared = [name for name in shared if name != "frozen"]
     return {name: own[name] for name in shared} | settings
+
+
+def _can_cut_frozen(backend: dict[str, Any]) -> bool:
+    return backend["kind"] == "fsdp" or backend.get("zero_stage") == 3
 
 
 def cut_batch(spec: Spec, micro: int, per_rank: int) -> Batch:

@@ -5,7 +5,8 @@ Read in scaling/engine and in the libraries that it drives (torch 2.13, DeepSpee
     ddp      gradients averaged in fp32, in buckets of 25 MiB, while the last micro-step's backward pass goes on
     fsdp     parameters gathered in 16 bits, a block at a time, before its forward pass and, where it was freed after
              it, before its backward pass; gradients reduce-scattered in fp32 at every micro-step; with replicas, the
-             shards of gradients all-reduced over them at the last
+             shards of gradients all-reduced over them at the last. Frozen parameters that are kept whole are not
+             gathered, here and at stage 3
     zero 1   in bf16 (bf16_optimizer.py): fp32 gradients of the whole model, all-reduced after the last backward pass
              in buckets of 5e8, nothing beside it. Elsewhere as stage 2, but at the last micro-step alone
     zero 2   (stage_1_and_2.py) buckets all-reduced in fp32 at every micro-step, beside the backward pass with
@@ -65,6 +66,22 @@ class Step:
     blocks: tuple[tuple[Block, int, Passes], ...]
     """Each kind of block, how many there are, and its time in one micro-step."""
     head: Passes
+    frozen: frozenset[str] = frozenset()
+    """Names of parameters that do not train."""
+
+    def cut(self, elements: int, trained: int) -> int:
+        """Of so many elements, of which some train, those that ranks which share parameters gather for use."""
+        return elements if self.shards_frozen else trained
+
+    @property
+    def shards_frozen(self) -> bool:
+        backend = self.spec.backend
+        return not isinstance(backend, FSDP | DeepSpeed) or backend.shards_frozen
+
+    @property
+    def cut_elements(self) -> int:
+        """Of the whole model."""
+        return self.cut(self.work.elements, self.work.trained)
 
     @property
     def outside(self) -> int:
@@ -117,34 +134,37 @@ def costs(step: Step) -> Costs:
 
 def forward_costs(step: Step) -> Costs:
     """What the step's backend adds to one of many forward passes without gradients that follow each other."""
-    width, elements = step.rates.width, step.work.elements
+    width = step.rates.width
     match step.spec.backend:
         case FSDP() as backend:
             shard = step.rendered["mesh"]["dp_shard"]
             hooks = (sum(count for _, count, _ in step.blocks) + 2) * FSDP_HOOK_SECONDS
             if not backend.reshard_after_forward:  # gathered by the first of them
                 return Costs(hooks=hooks)
-            outside = step.outside - step.work.head.inputs * step.work.head.outputs if _head_apart(step) else 0
+            root = step.cut(step.outside, step.outside_trained)  # stays gathered, but for the head where it is apart
+            head = step.cut(step.work.head.inputs * step.work.head.outputs, _head_and_embeddings(step)[0])
+            outside = root - head if _head_apart(step) else 0
             exposed = _gathered_ahead(step, ring(step.cluster, shard), outside, 1, overlap=True)
-            again = elements - step.outside + outside  # the root stays gathered
+            again = step.cut_elements - root + outside
             copied = 6 * again / shard + 2 * width * again
             offload = 4 * again / shard / host_rate(step.cluster.gpu) if backend.cpu_offload else 0.0
             return Costs(exposed, copied, 0.0, offload, hooks)
         case DeepSpeed() as backend if backend.zero_stage == 3:
             world, calls = step.plan.world_size, _calls(step)
             overlap = step.rendered["zero_optimization"]["overlap_comm"]
-            exposed = _gathered_ahead(step, ring(step.cluster, world), step.outside, calls, overlap=overlap)
+            outside = step.cut(step.outside, step.outside_trained)
+            exposed = _gathered_ahead(step, ring(step.cluster, world), outside, calls, overlap=overlap)
             away = backend.offload_parameters is not None
-            offload = width * elements / world / host_rate(step.cluster.gpu) if away else 0.0
+            offload = width * step.cut_elements / world / host_rate(step.cluster.gpu) if away else 0.0
             hooks = calls * sum(count for _, count, _ in step.blocks) * ZERO3_HOOK_SECONDS
-            return Costs(exposed, 2 * width * elements, 0.0, offload, hooks)
+            return Costs(exposed, 2 * width * step.cut_elements, 0.0, offload, hooks)
         case DeepSpeed():
             return Costs()
         case _ if width == 4:
             return Costs()
         case _:  # every weight is cast where it is read
             casts = len(parameters(step.spec.model, step.spec.lora))
-            return Costs(copied_bytes=6 * elements, hooks=HOST_KERNEL_SECONDS * casts)
+            return Costs(copied_bytes=6 * step.work.elements, hooks=HOST_KERNEL_SECONDS * casts)
 
 
 def _gathered_ahead(step: Step, group: Ring, outside: int, calls: int, *, overlap: bool) -> float:
@@ -152,7 +172,8 @@ def _gathered_ahead(step: Step, group: Ring, outside: int, calls: int, *, overla
     width = step.rates.width
     exposed = group.gather(width * outside) if outside else 0.0
     for block, count, passes in step.blocks:
-        exposed += count * beside(passes.forward.seconds * overlap, group.gather(width * block.elements, calls))
+        if gathered := step.cut(block.elements, block.trained):
+            exposed += count * beside(passes.forward.seconds * overlap, group.gather(width * gathered, calls))
     return exposed
 
 
@@ -238,7 +259,7 @@ def _fsdp(step: Step, backend: FSDP) -> Costs:
     def micro(*, last: bool) -> float:
         exposed = 0.0
         for block, count, passes in step.blocks:
-            gathered = group.gather(width * block.elements)
+            gathered = _gathered(group, width * step.cut(block.elements, block.trained))
             exposed += count * beside(passes.forward.seconds, gathered)
             if block.backward:
                 again = gathered if freed else 0.0
@@ -248,13 +269,13 @@ def _fsdp(step: Step, backend: FSDP) -> Costs:
     exposed = (steps - 1) * micro(last=False) + micro(last=True)
     share = step.work.trained / shard
     gathers = 1 + freed
-    per_step = gathers * (6 * step.work.elements / shard + 2 * width * step.work.elements)
+    per_step = gathers * (6 * step.cut_elements / shard + 2 * width * step.cut_elements)
     per_step += (width + 4) * step.work.trained + 12 * share
-    units = sum(count for _, count, _ in step.blocks) + 2
+    units = sum(count for block, count, _ in step.blocks if step.cut(block.elements, block.trained)) + 2
     hooks = 2 * units * FSDP_HOOK_SECONDS
     if not backend.cpu_offload:
         return Costs(exposed, steps * per_step, (ADAM_BYTES + NORM_BYTES) * share, 0.0, hooks)
-    up, down = gathers * 4 * step.work.elements / shard, 4 * share
+    up, down = gathers * 4 * step.cut_elements / shard, 4 * share
     added = 12 * share / _host_memory(step) if steps > 1 else 0.0
     waits = steps * (_copies(step, up + down) + added)
     offload = waits + (ADAM_BYTES + NORM_BYTES) * share / _host_memory(step)
@@ -267,14 +288,19 @@ def _ends(step: Step, group: Ring, reduced: Callable[[int], float]) -> float:
     width = step.rates.width
     block = step.blocks[0][0]
     head = step.work.head
-    apart = head.inputs * head.outputs if _head_apart(step) else 0
-    exposed = group.gather(width * (step.outside - apart)) + group.gather(width * block.elements)
     first, last = _head_and_embeddings(step)
+    apart = step.cut(head.inputs * head.outputs, first) if _head_apart(step) else 0
+    exposed = _gathered(group, width * (step.cut(step.outside, step.outside_trained) - apart))
+    exposed += _gathered(group, width * step.cut(block.elements, block.trained))
     exposed += reduced(last) + reduced(block.trained)
     if apart:
         seconds = step.head.forward.seconds + step.head.backward.seconds
-        exposed += beside(seconds, group.gather(width * apart) + reduced(first))
+        exposed += beside(seconds, _gathered(group, width * apart) + reduced(first))
     return exposed
+
+
+def _gathered(group: Ring, size: float, calls: int = 1) -> float:
+    return group.gather(size, calls) if size else 0.0
 
 
 # ---------------------------------------------------------------- ZeRO 1 and 2
@@ -324,7 +350,7 @@ def _zero3(step: Step, backend: DeepSpeed) -> Costs:
     calls = _calls(step)
     overlap = zero["overlap_comm"]  # without it everything is on one stream
     # What is used again within the distance is kept: the blocks around the turn from forward to backward pass.
-    kept = min(zero["stage3_max_reuse_distance"] / 2, zero["stage3_max_live_parameters"]) / step.work.elements
+    kept = min(zero["stage3_max_reuse_distance"] / 2, zero["stage3_max_live_parameters"]) / step.cut_elements
     # What was freed after a module in sampling is freed there ever after (`unneeded` of deepspeed_engines.py).
     gathered_again = 1.0 if isinstance(step.spec.objective, PPO) else max(0.0, 1 - kept)
 
@@ -334,18 +360,20 @@ def _zero3(step: Step, backend: DeepSpeed) -> Costs:
 
     exposed = _ends(step, everyone, reduced)
     for block, count, passes in step.blocks:
-        gathered = everyone.gather(width * block.elements, calls)
+        size = width * step.cut(block.elements, block.trained)
+        gathered = _gathered(everyone, size, calls)
         exposed += count * beside(passes.forward.seconds * overlap, gathered)
         if block.backward:
-            back = gathered_again * again.gather(width * block.elements, calls) + reduced(block.trained)
+            back = gathered_again * _gathered(again, size, calls) + reduced(block.trained)
             exposed += count * beside(passes.backward.seconds * overlap, back)
     exposed *= steps
     share = step.work.trained / world
-    copied = (1 + gathered_again) * 2 * width * step.work.elements + (22 * step.work.trained + 12 * share)
-    hooks = 2 * calls * sum(count for _, count, _ in step.blocks) * ZERO3_HOOK_SECONDS
+    copied = (1 + gathered_again) * 2 * width * step.cut_elements + (22 * step.work.trained + 12 * share)
+    gathering = sum(count for block, count, _ in step.blocks if step.cut(block.elements, block.trained))
+    hooks = 2 * calls * gathering * ZERO3_HOOK_SECONDS
     waits, update = 0.0, (ADAM_BYTES + NORM_BYTES + ZERO_BYTES) * share
     if backend.offload_parameters is not None:
-        moved = (1 + gathered_again) * width * step.work.elements / world
+        moved = (1 + gathered_again) * width * step.cut_elements / world
         waits += steps * _copies(step, moved, disk=backend.offload_parameters == "nvme")
     if backend.offload_optimizer is not None:
         waits += steps * _copies(step, (8 if steps > 1 else 4) * share)
@@ -357,14 +385,16 @@ def _zero3(step: Step, backend: DeepSpeed) -> Costs:
 def _calls(step: Step) -> int:
     """Gatherings of a block: one where blocks, not their modules, are gathered."""
     at_once = step.spec.compile or step.spec.activation_checkpointing == "selective"
-    return 1 if at_once else _modules(step.spec.model, step.spec.lora)
+    whole = frozenset[str]() if step.shards_frozen else step.frozen
+    return 1 if at_once else _modules(step.spec.model, step.spec.lora, whole)
 
 
 @cached
-def _modules(model: Model, lora: Lora | None) -> int:
-    """Modules with parameters of their own in a block, the first."""
-    first = f"{blocks(model)[0]}."
-    return len({p.name.rpartition(".")[0] for p in parameters(model, lora) if p.name.startswith(first)})
+def _modules(model: Model, lora: Lora | None, whole: frozenset[str]) -> int:
+    """Modules in a block, the first that has any, with parameters of their own beside those that are whole anyway."""
+    owners = {p.name.rpartition(".")[0] for p in parameters(model, lora) if p.name not in whole}
+    counts = (sum(owner.startswith(f"{block}.") for owner in owners) for block in blocks(model))
+    return next((count for count in counts if count), 0)
 
 
 # ---------------------------------------------------------------- offloading

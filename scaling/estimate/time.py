@@ -72,7 +72,7 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
         alike = tuple((block, count) for block, count, _ in blocks)
         work = Structure(alike, parts.ends[-1][0], parts.elements, parts.trained, parts.trained_tensors)
         head = ends_passes(parts.ends, plan.micro_batch, rates)
-        return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
+        return Step(spec, plan, rendered, cluster, work, rates, blocks, head, frozen)
     if isinstance(model, Recorded):
         return _recorded_step(spec, model, plan, rendered, cluster, frozen)
     work = structure(model, frozen, spec.lora)
@@ -85,7 +85,7 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
     )
     chunked, by_token = in_chunks(spec.objective), isinstance(spec.objective, PPO)
     head = head_passes(model, work.head, tokens, chunked, rates, by_token)
-    return Step(spec, plan, rendered, cluster, work, rates, blocks, head)
+    return Step(spec, plan, rendered, cluster, work, rates, blocks, head, frozen)
 
 
 def _recorded_step(
@@ -116,7 +116,7 @@ def _recorded_step(
         trained=sum(elements[name] for name in trained),
         trained_tensors=len(trained),
     )
-    return Step(spec, plan, rendered, cluster, work, rates, tuple(blocks), head)
+    return Step(spec, plan, rendered, cluster, work, rates, tuple(blocks), head, frozen)
 
 
 def _overhead(step: Step, added: Costs, device: float) -> float:

@@ -53,15 +53,19 @@ class Single:
     def build(self) -> None:
         """Parameters, and Adam's state of those that train."""
         for parameter in self.parameters:
-            leaf, count = self.leaves.get(parameter.name), self.held(parameter)
-            storage = self.ops.held(count, FLOAT, "parameters", on_host=self.offloads)
-            self.values[parameter.name] = Value(storage, count, leaf)
+            self.values[parameter.name] = self.place(parameter)
         self.fill()
         held = self.ops.held
         for value in self.values.values():
             if value.node is not None:
                 sizes = (value.elements, value.elements, 1)
                 self._state += [held(size, FLOAT, "optimizer", on_host=self.offloads) for size in sizes]
+
+    def place(self, parameter: Parameter) -> Value:
+        """A parameter as this rank has it throughout."""
+        count = self.held(parameter)
+        storage = self.ops.held(count, FLOAT, "parameters", on_host=self.offloads)
+        return Value(storage, count, self.leaves.get(parameter.name))
 
     def fill(self) -> None:
         """Initial values, each made whole on the host, where the one before is let go when the next is there."""
@@ -121,6 +125,14 @@ class Single:
         """Let the gradients go."""
         for leaf in self.leaves.values():
             leaf.grad = None
+
+
+def whole_frozen(ops: Ops, elements: int, ranks: int) -> tuple[Value, list[Storage]]:
+    """A parameter that does not train and is whole on each of so many ranks, in the compute type; in 16 bits beside it
+    this rank's part of its fp32 values, on the host, for checkpoints."""
+    width = ops.shape.width
+    masters = [ops.held(elements // ranks, FLOAT, "optimizer", on_host=True)] if width != FLOAT else []
+    return Value(Storage(ops.tape, width * elements), elements), masters
 
 
 class _InBucket(Leaf):
@@ -216,12 +228,17 @@ class FSDP(Single):
         self._reducing: Storage | None = None
         self._last = True
         self._elements: dict[str, int] = {}
+        self._masters: list[Storage] = []
+        self._keeps_frozen: bool = rendered["frozen"] == "replicate"
+        self._world_size = plan.world_size
         super().__init__(ops, spec, groups, rendered, plan)
 
     def build(self) -> None:
         super().build()
         root, *inner = self.units
         for parameter in self.parameters:
+            if self._is_whole(parameter.name):
+                continue
             owner = next((u for u in inner if any(parameter.name.startswith(f"{m}.") for m in u.modules)), root)
             self._of_parameter[parameter.name] = owner
             self._elements[parameter.name] = parameter.elements
@@ -235,11 +252,23 @@ class FSDP(Single):
     def leaf(self, parameter: Parameter) -> Leaf:
         return Leaf(self.tape, category=None)
 
+    def _is_whole(self, name: str) -> bool:
+        return self._keeps_frozen and name not in self.leaves
+
+    def place(self, parameter: Parameter) -> Value:
+        if not self._is_whole(parameter.name):
+            return super().place(parameter)
+        value, masters = whole_frozen(self.ops, parameter.elements, self._world_size)
+        self._masters += masters
+        return value
+
     def held(self, parameter: Parameter) -> int:
         rows = parameter.shape[0]
         return -(-rows // self.ranks) * (parameter.elements // rows)
 
     def read(self, name: str) -> Value:
+        if self._is_whole(name):
+            return self.values[name]
         unit = self._of_parameter[name]
         return Value(unit.whole[name], self._elements[name], self.leaves.get(name))
 

@@ -125,7 +125,7 @@ def _parts(device: torch.device, engine: Stocked | None) -> dict[str, int]:
 
     found: dict[str, int] = {}
     if engine is not None:
-        weights = list(engine.module.parameters())
+        weights = all_parameters(engine.module)
         found["parameters"] = fresh(getattr(weight, "ds_tensor", weight) for weight in weights)
         found["gradients"] = fresh(_gradients(engine.module, weights))
         # Shards on NVMe would be read into memory, which there is none of.
@@ -136,6 +136,12 @@ def _parts(device: torch.device, engine: Stocked | None) -> dict[str, int]:
     found[COPY] = fresh(tensor for tensor in others if _is_copy(tensor))
     found[REST] = fresh(others)
     return {name: size for name, size in found.items() if size or name != COPY}
+
+
+def all_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those of a module, and those that an engine has made buffers for DeepSpeed not to cut them; each once."""
+    hidden = (buffer for buffer in module.buffers() if isinstance(buffer, nn.Parameter))
+    return [*module.parameters(), *hidden]
 
 
 def _is_copy(tensor: Tensor) -> bool:

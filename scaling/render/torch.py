@@ -34,6 +34,7 @@ def render_fsdp(spec: Spec, backend: FSDP, plan: BatchPlan) -> dict[str, Any]:
         "mesh": axes,
         "wrap": _wrap_plan(spec, backend),
         "cpu_offload": backend.cpu_offload,
+        "frozen": "shard" if backend.shards_frozen else "replicate",
     }
 
 

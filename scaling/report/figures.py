@@ -102,6 +102,8 @@ def backend_words(backend: dict[str, Any]) -> str | None:
         words.append("kept gathered")
     if (backend.get("replicate") or 1) > 1:
         words.append(f"{backend['replicate']} replicas")
+    if backend.get("frozen") == "replicate" and (backend["kind"] == "fsdp" or backend.get("zero_stage") == 3):
+        words.append("frozen parts whole")
     words += [
         f"{part} on the {place}"
         for part in ("optimizer", "parameters")

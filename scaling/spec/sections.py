@@ -755,6 +755,20 @@ class DDP(Section):
     """Every rank holds everything; gradients are averaged (torch DistributedDataParallel)."""
 
     kind: Literal["ddp"]
+    frozen: Literal["shard", "replicate"] | None = None
+    """Where parameters that do not train are: whole on every rank (replicate, the default), as all others here."""
+
+    @property
+    def shards_frozen(self) -> bool:
+        """Whether parameters that do not train are cut over the ranks."""
+        return False
+
+    def contradictions(self) -> Iterator[str]:
+        if self.frozen == "shard":
+            yield (
+                '`frozen` must be "replicate" or null for ddp, where every rank holds all parameters, but is '
+                '"shard"; drop it, or set `backend` to {"kind": "fsdp"}'
+            )
 
 
 class FSDP(Section):
@@ -768,6 +782,14 @@ class FSDP(Section):
     """Hybrid sharding (HSDP): this many replicas, each sharded over world size / replicate ranks."""
     cpu_offload: bool = False
     """Keep the sharded parameters, gradients and optimizer state in host memory."""
+    frozen: Literal["shard", "replicate"] | None = None
+    """Where parameters that do not train are: cut over the ranks and gathered as all others (shard, the default), or
+    whole on every rank's device, in the precision that computes (replicate): more memory, less communication."""
+
+    @property
+    def shards_frozen(self) -> bool:
+        """Whether parameters that do not train are cut over the ranks."""
+        return self.frozen != "replicate"
 
 
 class DeepSpeed(Section):
@@ -800,6 +822,15 @@ class DeepSpeed(Section):
     """Stage 3: elements that the optimizer updates at a time. Default: 1,000,000,000, DeepSpeed's own."""
     zero_hpz_partition_size: Count | None = None
     """Stage 3: ranks in a secondary partition (ZeRO++ hpZ), usually those of a node; divides the world size."""
+    frozen: Literal["shard", "replicate"] | None = None
+    """Where parameters that do not train are: cut over the ranks and gathered as all others (shard, stage 3 alone), or
+    whole on every rank's device, in the precision that computes (replicate). Default: shard at stage 3, replicate at
+    stages 1 and 2."""
+
+    @property
+    def shards_frozen(self) -> bool:
+        """Whether parameters that do not train are cut over the ranks."""
+        return self.zero_stage == 3 and self.frozen != "replicate"
 
     def contradictions(self) -> Iterator[str]:
         stage3 = [
@@ -813,6 +844,11 @@ class DeepSpeed(Section):
                     f"`{name}` must be absent at ZeRO stage {self.zero_stage}, but is {getattr(self, name)!r}: "
                     f"DeepSpeed would ignore it; drop it or use {right}"
                 )
+        if self.frozen == "shard" and self.zero_stage < 3:
+            yield (
+                f'`frozen` must be "replicate" or null at ZeRO stage {self.zero_stage}, where every rank holds all '
+                'parameters, but is "shard"; drop it or use stage 3'
+            )
         if self.offload_optimizer == "nvme" and self.zero_stage < 3:
             yield (
                 f'`offload_optimizer` must be "cpu" or null at ZeRO stage {self.zero_stage}, but is "nvme"; use stage 3'
@@ -1031,13 +1067,15 @@ class Spec(Section):
         backend = self.backend
         if (
             isinstance(backend, DeepSpeed)
+            and backend.shards_frozen
             and backend.offload_parameters == "nvme"
             and backend.prefetch_bucket_size != 0
             and (self.lora is not None or any(group.freeze for group in self.param_groups))
         ):
             yield (
                 "`backend.prefetch_bucket_size` must be 0 where something is frozen and parameters are on nvme, but is "
-                f"{backend.prefetch_bucket_size}: DeepSpeed 0.19 reads a frozen one twice into one buffer; set it to 0"
+                f"{backend.prefetch_bucket_size}: DeepSpeed 0.19 reads a frozen one twice into one buffer; set it to "
+                '0, or `backend.frozen` to "replicate"'
             )
         if self.profile.memory_step is not None and self.compile:
             yield (
