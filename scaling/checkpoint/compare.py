@@ -7,7 +7,7 @@ from typing import Any
 
 _HARMLESS = (
     *("$schema", "name", "profile.*", "tracking.*", "checkpoint*", "validation*", "timeouts.*", "initialize_from"),
-    *("on_nonfinite", "nonfinite_limit", "backend.*", "batch.*", "data.cache", "data.train*", "data.validation*"),
+    *("on_nonfinite", "nonfinite_limit", "backend.*", "batch.*", "data.cache*", "data.train*", "data.validation*"),
     *("activation_checkpointing", "compile", "objective.cross_entropy", "model.initializer_range"),
 )
 """Fields that leave the curve as it is, or (batch, data) whose effect is compared by what comes of it, not by words."""
