@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
@@ -24,7 +24,7 @@ from scaling.engine.precision import DTYPES
 from scaling.engine.process import Process
 from scaling.engine.protocol import Engine, cut
 from scaling.errors import StorageError, UserError
-from scaling.inventory import CHECKSUM_BYTES, feature_bytes, patches
+from scaling.inventory import CHECKSUM_BYTES, feature_bytes, parameters, patches
 from scaling.spec import Spec
 from scaling.spec.sections import EpisodeData, Vla
 from scaling.units import format_bytes
@@ -55,7 +55,8 @@ def with_features(
     """
     model, data = spec.model, spec.data
     assert isinstance(model, Vla) and isinstance(data, EpisodeData) and datasets[0] is not None
-    weights = _digest_of_weights(engine, process)
+    names = {parameter.name for parameter in parameters(model) if parameter.name.startswith("vision.")}
+    weights = _digest_of_weights(names, engine, process)
     shape = model.vision.model_dump_json(exclude={"dropout"})  # which what is frozen has none of
     width = feature_bytes(model.vision, spec.precision)
     found: list[np.ndarray] = []
@@ -69,12 +70,15 @@ def with_features(
     return [None if dataset is None else dataset.with_features(found, dtype) for dataset in datasets]
 
 
-def _digest_of_weights(engine: Engine, process: Process) -> str:
-    """Of all parameters of vision in fp32, whoever holds them. A collective call."""
-    digest = hashlib.sha256()
+def _digest_of_weights(names: Collection[str], engine: Engine, process: Process) -> str:
+    """Of these frozen parameters in fp32, whoever holds them. A collective call."""
+    digest, left = hashlib.sha256(), set(names)
     for shard in engine.state():
-        if shard.kind != "master" or not shard.name.startswith("vision."):
+        if not left:  # what trains may have to be read from NVMe
+            break
+        if shard.kind != "master" or shard.name not in left:
             continue
+        left.remove(shard.name)
         own = shard.own()
         # As integers, to which adding zeros changes nothing: a float that is -0 would become 0.
         whole = torch.zeros(shard.elements, dtype=torch.int32, device=process.device)

@@ -281,7 +281,7 @@ def no_gc() -> Iterator[None]:
 
 def _micro_batches(job: Job, meter: "MemoryMeter") -> "list[Samples]":
     with meter.phase("data"):
-        return [_made_up(job.spec, job.plan.micro_batch) for _ in range(job.plan.accumulation)]
+        return [made_up(job.spec, job.plan.micro_batch) for _ in range(job.plan.accumulation)]
 
 
 def made_up_tokens(words: int, count: int, length: int) -> "MicroBatch":
@@ -294,7 +294,7 @@ def made_up_tokens(words: int, count: int, length: int) -> "MicroBatch":
     return MicroBatch(inputs, targets)
 
 
-def _made_up(spec: Spec, count: int) -> "Samples":
+def made_up(spec: Spec, count: int) -> "Samples":
     """So many random samples of the shapes that `spec` says."""
     import torch
 

@@ -136,9 +136,7 @@ class VlaStructure:
 
 
 @cached
-def vla_structure(
-    model: Vla, text: int, frozen: frozenset[str] = frozenset(), features: bool = False
-) -> VlaStructure:
+def vla_structure(model: Vla, text: int, frozen: frozenset[str] = frozenset(), features: bool = False) -> VlaStructure:
     """What `model` computes for instructions of `text` tokens where the parameters named `frozen` do not train.
 
     A part of which nothing trains, and before which nothing does, has a forward pass alone; vision not even that where
