@@ -23,7 +23,7 @@ from scaling.render import render
 from scaling.run_folder import CHECKPOINTS, MEMORY, METRICS, SNAPSHOTS, count_start, versions
 from scaling.schedule import check_schedule, lr_scale
 from scaling.spec import Spec
-from scaling.spec.sections import DPO, PPO, Factory, FactoryData, FactoryModel, Recorded, caches_features
+from scaling.spec.sections import DPO, PPO, Factory, FactoryData, FactoryModel, Recorded, Vla, caches_features
 from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
@@ -514,9 +514,17 @@ def _starting_point(job: Job, process: "Process", resume: Resume, identity: dict
 
 
 def _initial_weights(spec: Spec, process: "Process") -> "WeightSource | None":
-    """What `initialize_from` names, open, and found to be of this model; before anything large is built."""
+    """What `initialize_from` or `initialize_parts` name, open, and found to be of this model; before anything large is
+    built."""
+    from scaling.checkpoint.parts import open_parts
     from scaling.checkpoint.weights import find_weights, open_weights
 
+    if spec.initialize_parts and isinstance(spec.model, Vla):
+        try:
+            return open_parts(spec.initialize_parts, spec.model)
+        except CheckpointError as error:
+            error.shared = True  # every rank reads the same files
+            raise
     if spec.initialize_from is None:
         return None
     path = Path(spec.initialize_from)

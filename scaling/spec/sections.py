@@ -968,6 +968,28 @@ class Tracking(Section):
     """Null: nothing listens."""
 
 
+class PartWeights(Section):
+    """Weights that one part of a vla starts from."""
+
+    part: Literal["vision", "language", "fusion"]
+    """Which part."""
+    path: Text
+    """Folder or file of safetensors; relative to the working folder. Tensors that the part has not are not used."""
+    names: dict[Text, Text] = {}
+    """Globs over the part's own names (as `python -m scaling.inventory` lists them, without "vision.") and what the
+    files call those: each `*` there stands for what the same one of the glob matches. The first that matches counts;
+    what none matches is called as here. Parameters with one name there are the rows of one tensor, in the order of the
+    model: query, key and value, say. Empty: our own names, or for language Llama's, Qwen's or GPT-2's."""
+
+    def contradictions(self) -> Iterator[str]:
+        for glob, name in self.names.items():
+            if glob.count("*") != name.count("*") or re.search(r"[?\[\]]", glob):
+                yield (
+                    f"`names` must map globs to names with as many `*`, and no other wildcard, but has "
+                    f"'{quoted(glob)}' for '{quoted(name)}'; write one for each"
+                )
+
+
 class Spec(Section):
     """One training job."""
 
@@ -1013,6 +1035,8 @@ class Spec(Section):
     initialize_from: Text | None = None
     """Weights to start from, with a fresh optimizer and at step 0: a checkpoint or a run folder of this project, or a
     Hugging Face folder or file of safetensors. A run that has a checkpoint of its own goes on from that instead."""
+    initialize_parts: Annotated[list[PartWeights], Field(max_length=3)] = []
+    """Weights that parts of a vla start from, in place of `initialize_from`; others start from fresh values."""
     validation: Validation | None = None
     """Null: no validation."""
     checkpoint: Checkpoint | None = Checkpoint()
@@ -1023,6 +1047,7 @@ class Spec(Section):
 
     def contradictions(self) -> Iterator[str]:
         yield from self._adapters()
+        yield from self._parts()
         if (self.max_steps is None) == (self.epochs is None):
             both = self.max_steps is not None
             yield (
@@ -1064,6 +1089,15 @@ class Spec(Section):
         held_out = self.data.validation_samples if isinstance(self.data, SyntheticData) else self.data.validation
         if self.validation is not None and held_out == 0:
             yield "`validation` must be null when no data are held out, but is set; set `data.validation` to 0.05, say"
+
+    def _parts(self) -> Iterator[str]:
+        named = [one.part for one in self.initialize_parts]
+        if named and not isinstance(self.model, Vla):
+            yield f'`initialize_parts` must be empty for a model of kind "{self.model.kind}", but is not; drop it'
+        elif named and self.initialize_from is not None:
+            yield "`initialize_parts` must be empty where `initialize_from` gives all weights, but is not; drop one"
+        for part in dict.fromkeys(part for part in named if named.count(part) > 1):
+            yield f'`initialize_parts` must name a part once, but names "{part}" more often; drop one'
 
     def _adapters(self) -> Iterator[str]:
         lora, model = self.lora, self.model
