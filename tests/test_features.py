@@ -10,6 +10,7 @@ from processes import python, torchrun
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from scaling.data.dataset import ActionBatch
 from scaling.data.episodes import demonstrations
 from scaling.data.lerobot import Episode, write_folder
 from scaling.engine.process import process_from_environment
@@ -17,9 +18,11 @@ from scaling.errors import UserError
 from scaling.estimate.features import feature_cache
 from scaling.estimate.flops import train_flops_per_token
 from scaling.estimate.search import search
+from scaling.estimate.time import estimate_time
 from scaling.hardware import parse_gpus
 from scaling.inventory import sample_length
 from scaling.models.build import model_recipe
+from scaling.models.vla import Vla
 from scaling.profile.sinks import Memory
 from scaling.rehearse import made_up, rehearse_all
 from scaling.run import resolve
@@ -90,9 +93,9 @@ def test_losses_are_those_of_images_to_the_bit(folder: Path, more: tuple[str, ..
 
 def on_two_ranks(folder: Path, backends: dict[str, tuple[str, ...]]) -> None:
     texts = []
-    for more in backends.values():
+    for name, more in backends.items():  # each with a cache of its own, so that each asks itself
         for kept in ("false", "true"):
-            spec = small(folder, *more, f"data.cache_features={kept}")
+            spec = small(folder, *more, f"data.cache_features={kept}", f"data.cache={folder}/{name}")
             texts.append(json.dumps(spec.to_json()))
     done = torchrun(2, "tests/features_worker.py", str(folder / "out.json"), *texts)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -112,7 +115,8 @@ def test_losses_are_the_same_on_two_ranks(folder: Path) -> None:
             "zero3": ('backend={"kind":"deepspeed","zero_stage":3,"param_persistence_threshold":300}',),
         },
     )
-    assert len(files(folder)) == 1, "whoever has asked"
+    names = [path.name for path in folder.glob("*/*.features")]
+    assert len(names) == 3 and len(set(names)) == 1, "whoever asks"
 
 
 @pytest.mark.long
@@ -141,6 +145,7 @@ def test_a_run_goes_on_with_features_and_without(folder: Path) -> None:
 def test_the_model_takes_features_in_place_of_images(folder: Path) -> None:
     spec = small(folder)
     model = model_recipe(spec).build().requires_grad_(False).eval()
+    assert isinstance(model, Vla)
     for parameter in model.parameters():
         parameter.normal_(std=0.1)
     images = torch.randint(256, (3, 2, 16, 16, 3), dtype=torch.uint8)
@@ -281,13 +286,20 @@ def test_flops_are_those_of_all_but_vision(folder: Path) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     batch = made_up(spec, 2)
-    assert batch.images.shape == (2, 32, 32)
+    assert isinstance(batch, ActionBatch) and batch.images.shape == (2, 32, 32)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.train()(batch.images, batch.instruction, batch.state).sum().backward()
     length = sample_length(spec)
     have = train_flops_per_token(spec.model, length, frozen, features=True) * 2 * length
     assert have == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert have < 0.95 * train_flops_per_token(spec.model, length, frozen) * 2 * length
+
+
+def test_time_is_that_of_all_but_vision(folder: Path) -> None:
+    jobs = [resolve(small(folder, f"data.cache_features={kept}", "precision=bf16"), 1) for kept in ("false", "true")]
+    cluster = parse_gpus("1xH100-80GB")
+    images, kept = (estimate_time(job.spec, job.plan, job.groups, job.rendered, cluster).parts for job in jobs)
+    assert kept["compute"] < images["compute"] and kept["optimizer"] == images["optimizer"]
 
 
 BACKENDS = {
