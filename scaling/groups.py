@@ -8,7 +8,7 @@ from fnmatch import translate
 
 from scaling.errors import UserError
 from scaling.inventory import Parameter
-from scaling.spec.sections import AdamW, ParamGroup
+from scaling.spec.sections import AdamW, ParamGroup, Spec, caches_features
 
 UNDECAYED = "/undecayed"
 """Suffix of the part of a group that weight decay leaves out (`optimizer.decay: "matrices"`)."""
@@ -62,6 +62,20 @@ def resolve_groups(
     if all(group.frozen for group in found):
         raise UserError("`param_groups` must leave something to train, but every group is frozen; unfreeze one")
     return tuple(found)
+
+
+def check_features(spec: Spec, groups: Sequence[Group]) -> None:
+    """UserError where the features of images are to be kept although what makes them trains."""
+    if not caches_features(spec.data):
+        return
+    for group in groups:
+        trained = [name for name in group.names if name.startswith("vision.") and not group.frozen]
+        if trained:
+            raise UserError(
+                f"`data.cache_features` must be false where vision trains, but is true, and {trained[0]} of the group "
+                f'{group.name!r} trains; set it to false, or put {{"name": "vision", "match": ["vision.*"], "freeze": '
+                "true} first in `param_groups`"
+            )
 
 
 def empty_groups(rules: Sequence[ParamGroup], groups: Sequence[Group]) -> tuple[str, ...]:

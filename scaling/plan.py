@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_command, write_output
+from scaling.estimate.features import FeatureCache, feature_cache
 from scaling.estimate.formulas import formulas
 from scaling.estimate.memory import (
     COMMUNICATOR_BYTES,
@@ -241,6 +242,8 @@ def _head(spec: Spec, found: Found, margin: float) -> list[str]:
         )
     elif gpu.measured.device is not None:
         lines.append(f"the rates behind the times were measured on {gpu.measured.device}")
+    if (cache := feature_cache(spec)) is not None:
+        lines.append(f"features in {cache.folder}: {_cache_words(cache)}")
     if found.as_written is not None:
         verdict = {True: "fits", False: "does not fit", None: "n/a"}[found.as_written.fits]
         lines.append(f"as written: {_words(found.as_written)}: {verdict}, {found.as_written.reason}")
@@ -249,6 +252,13 @@ def _head(spec: Spec, found: Found, margin: float) -> list[str]:
     else:
         lines.append('as written: n/a: the micro-batch is "auto"')
     return lines
+
+
+def _cache_words(cache: FeatureCache) -> str:
+    each = f"{format_bytes(cache.bytes_per_sample)} for each moment"
+    if cache.samples is None or cache.total_bytes is None:
+        return f"{each}; how many there are, no folder here says yet"
+    return f"{format_bytes(cache.total_bytes)}, {each} of {cache.samples:,}"
 
 
 def _unit(gpu: GPU) -> str:

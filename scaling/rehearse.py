@@ -29,11 +29,11 @@ from scaling.estimate.memory import MemoryModel
 from scaling.estimate.report import memory_report
 from scaling.hardware import gpu_from_device_name
 from scaling.imports import add_allow_import
-from scaling.inventory import CHANNELS, inventory_of, parameters, sequences
+from scaling.inventory import CHANNELS, inventory_of, parameters, patches, sequences
 from scaling.run import Job, device_name, resolve
 from scaling.run_folder import environment
 from scaling.spec import Spec, load_spec
-from scaling.spec.sections import PPO, Decoder, Recorded, Vla, packs
+from scaling.spec.sections import PPO, Decoder, Recorded, Vla, caches_features, packs
 from scaling.units import format_bytes, format_seconds
 from scaling.watch.exhausted import Exhausted
 
@@ -285,7 +285,7 @@ def no_gc() -> Iterator[None]:
 
 def _micro_batches(job: Job, meter: "MemoryMeter") -> "list[Samples]":
     with meter.phase("data"):
-        return [_made_up(job.spec, job.plan.micro_batch) for _ in range(job.plan.accumulation)]
+        return [made_up(job.spec, job.plan.micro_batch) for _ in range(job.plan.accumulation)]
 
 
 def _answered(job: Job, engine: "Engine", process: "Process", meter: "MemoryMeter") -> "Iterator[list[Samples]]":
@@ -346,11 +346,12 @@ def made_up_tokens(words: int, count: int, length: int) -> "MicroBatch":
     return MicroBatch(inputs, targets)
 
 
-def _made_up(spec: Spec, count: int) -> "Samples":
+def made_up(spec: Spec, count: int) -> "Samples":
     """So many random samples of the shapes that `spec` says."""
     import torch
 
     from scaling.data.dataset import ActionBatch, PackedBatch, PairBatch
+    from scaling.engine.precision import DTYPES
 
     model, length = spec.model, spec.data.sequence_length
     if not isinstance(model, Vla):
@@ -366,9 +367,13 @@ def _made_up(spec: Spec, count: int) -> "Samples":
         starts = torch.arange(length).ge(length // 2) * (length // 2)
         return PackedBatch(made_up.inputs, made_up.targets, starts.expand(count, length).contiguous())
     vision, action = model.vision, model.action
-    size = (count, vision.views, vision.image_size, vision.image_size, CHANNELS)
+    if caches_features(spec.data):
+        images = torch.rand(count, vision.views * patches(vision), vision.hidden_size).to(DTYPES[spec.precision])
+    else:
+        size = (count, vision.views, vision.image_size, vision.image_size, CHANNELS)
+        images = torch.randint(256, size, dtype=torch.uint8)
     return ActionBatch(
-        images=torch.randint(256, size, dtype=torch.uint8),
+        images=images,
         instruction=torch.randint(model.language.vocab_size, (count, length)),
         state=torch.rand(count, action.state_dim),
         actions=torch.rand(count, action.chunk_size, action.action_dim),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from scaling.batch import resolve_batch
 from scaling.errors import CheckpointError, UserError
 from scaling.estimate.flops import train_flops_per_token
-from scaling.groups import Group, resolve_groups
+from scaling.groups import Group, check_features, resolve_groups
 from scaling.hardware import gemm_ceiling, gpu_from_device_name
 from scaling.imports import check_allowed
 from scaling.inventory import attended_length, inventory_of, parameters
@@ -23,7 +23,7 @@ from scaling.render import render
 from scaling.run_folder import CHECKPOINTS, MEMORY, METRICS, SNAPSHOTS, count_start, versions
 from scaling.schedule import check_schedule, lr_scale
 from scaling.spec import Spec
-from scaling.spec.sections import DPO, PPO, Factory, FactoryData, FactoryModel, Recorded
+from scaling.spec.sections import DPO, PPO, Factory, FactoryData, FactoryModel, Recorded, Vla, caches_features
 from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
@@ -78,6 +78,7 @@ def resolve(spec: Spec, world_size: int, allow_import: Sequence[str] = ()) -> Jo
     plan = resolve_batch(spec, world_size)
     scale = lr_scale(spec.lr_scaling, world_size=world_size, global_batch=plan.global_batch)
     groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora), lr_scale=scale)
+    check_features(spec, groups)
     return Job(spec, plan, render(spec, world_size), groups, scale, tuple(allow_import))
 
 
@@ -125,6 +126,7 @@ def run(
             progress = _first_state(engine, start, weights)
             folder = None if resume is None else resume.folder
             dataset, held_out = _compared(job, process, engine, dataset, held_out, heartbeat, folder, start is None)
+            dataset, held_out = _seen(job, process, engine, dataset, held_out, heartbeat)
             rollouts = _rollouts(job, process, engine, heartbeat, folder)
         with closing(_keeper(job, process, engine, resume, identity)) as keeper:
             observers = _observers(job, process, engine, keeper, folder, progress.step)
@@ -176,6 +178,27 @@ def _compared(
                 begins=begins,
             )
         found.append(samples)
+    assert found[0] is not None
+    return found[0], found[1]
+
+
+def _seen(
+    job: Job,
+    process: "Process",
+    engine: "Engine",
+    dataset: "Dataset",
+    held_out: "Dataset | None",
+    heartbeat: Heartbeat | None,
+) -> "tuple[Dataset, Dataset | None]":
+    """Training and validation samples; where features are kept, with what vision makes of their images."""
+    if not caches_features(job.spec.data):
+        return dataset, held_out
+    from scaling.data.episodes import EpisodeDataset
+    from scaling.features import with_features
+
+    assert isinstance(dataset, EpisodeDataset) and isinstance(held_out, EpisodeDataset | None)
+    beat, micro_batch = heartbeat or NullHeartbeat(), job.plan.micro_batch
+    found = with_features([dataset, held_out], engine, process, beat, job.spec, micro_batch)
     assert found[0] is not None
     return found[0], found[1]
 
@@ -491,9 +514,17 @@ def _starting_point(job: Job, process: "Process", resume: Resume, identity: dict
 
 
 def _initial_weights(spec: Spec, process: "Process") -> "WeightSource | None":
-    """What `initialize_from` names, open, and found to be of this model; before anything large is built."""
+    """What `initialize_from` or `initialize_parts` name, open, and found to be of this model; before anything large is
+    built."""
+    from scaling.checkpoint.parts import open_parts
     from scaling.checkpoint.weights import find_weights, open_weights
 
+    if spec.initialize_parts and isinstance(spec.model, Vla):
+        try:
+            return open_parts(spec.initialize_parts, spec.model)
+        except CheckpointError as error:
+            error.shared = True  # every rank reads the same files
+            raise
     if spec.initialize_from is None:
         return None
     path = Path(spec.initialize_from)
@@ -570,7 +601,8 @@ def _flops_per_token(job: Job) -> float | None:
     if isinstance(job.spec.model, Recorded) and inventory_of(job.spec.model).ledger is None:
         return None
     frozen = {name for group in job.groups if group.frozen for name in group.names}
-    return train_flops_per_token(job.spec.model, attended_length(job.spec), frozen, job.spec.lora)
+    features = caches_features(job.spec.data)
+    return train_flops_per_token(job.spec.model, attended_length(job.spec), frozen, job.spec.lora, features=features)
 
 
 def _peak_flops(spec: Spec, process: "Process") -> float | None:

@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 _HARMLESS = (
-    *("$schema", "name", "profile.*", "tracking.*", "checkpoint*", "validation*", "timeouts.*", "initialize_from"),
-    *("on_nonfinite", "nonfinite_limit", "backend.*", "batch.*", "data.cache", "data.train*", "data.validation*"),
+    *("$schema", "name", "profile.*", "tracking.*", "checkpoint*", "validation*", "timeouts.*", "initialize_*"),
+    *("on_nonfinite", "nonfinite_limit", "backend.*", "batch.*", "data.cache*", "data.train*", "data.validation*"),
     *("activation_checkpointing", "compile", "objective.cross_entropy"),
     *("model.initializer_range", "model.*.initializer_range"),
 )

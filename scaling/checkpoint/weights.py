@@ -131,7 +131,7 @@ def open_weights(path: Path, model: Model, lora: Lora | None = None) -> WeightSo
             return _open_checkpoint(path, model, lora)
         files = TensorFiles(files_of(path))
         if path.is_dir():
-            _check_config(path, model)
+            check_config(path, model)
         return _open_files(path, files, model)
 
 
@@ -178,11 +178,14 @@ def _open_files(path: Path, files: TensorFiles, model: Model) -> WeightSource:
     return FileWeights(files, stored, own)
 
 
-def _check_config(folder: Path, model: Model) -> None:
-    """Refuse a folder whose config.json, or scaling_spec.json, describes a model that computes something else."""
+def check_config(folder: Path, model: Model, section: str = "model") -> None:
+    """Refuse a folder whose config.json, or scaling_spec.json, describes a model that computes something else.
+
+    `section`: where the spec has `model`.
+    """
     remedy = "name its .safetensors file, or the index of several, itself"
     if (path := folder / OWN_CONFIG).exists():
-        _check_behaviour(path, behaviour(parse_model(path, read_json(path).get("model"))), model, remedy)
+        _check_behaviour(path, behaviour(parse_model(path, read_json(path).get("model"))), model, remedy, section)
     elif (path := folder / CONFIG).exists():
         context = model.max_position_embeddings if isinstance(model, Decoder) else 0
         found = behaviour_of_config(read_json(path), context)
@@ -191,15 +194,16 @@ def _check_config(folder: Path, model: Model) -> None:
                 f"`initialize_from` must hold a model that the decoder can compute, but {path} has {found[:200]}; "
                 f"use another model or, to take its weights all the same, {remedy}"
             )
-        _check_behaviour(path, found, model, remedy)
+        _check_behaviour(path, found, model, remedy, section)
 
 
-def _check_behaviour(path: Path, found: Mapping[str, Any], model: Model, remedy: str) -> None:
+def _check_behaviour(path: Path, found: Mapping[str, Any], model: Model, remedy: str, section: str = "model") -> None:
     """CheckpointError where a model described in `path` computes something else than `model` from equal weights."""
+    named = "initialize_from" if section == "model" else "initialize_parts"
     for field, value in behaviour(model).items():
         if field in found and not equal(found[field], value):
             raise CheckpointError(
-                f"`model.{field}` must be as in the weights of `initialize_from` ({str(found[field])[:80]} in {path}), "
+                f"`{section}.{field}` must be as in the weights of `{named}` ({str(found[field])[:80]} in {path}), "
                 f"but is {value}; set it or, to take the weights all the same, {remedy}"
             )
 

@@ -1,4 +1,4 @@
-"""Tokenised text on disk: written once, by one process, and either whole or absent."""
+"""What is made of data, on disk: written once, by one process, and either whole or absent."""
 
 import fcntl
 import json
@@ -55,11 +55,11 @@ def cached_tokens(folder: Path, key: str, dtype: np.dtype, write: Write) -> Cach
         if entry is not None:
             return entry
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{key}.lock") as alone:
+        with locked(folder / f"{key}.lock") as alone:
             entry = _open_entry(folder, key, dtype)  # another process may have made it meanwhile
             if entry is None:
                 if alone:
-                    _remove_remains(folder, key)
+                    remove_remains(folder, key)
                 _write_entry(folder, key, dtype, write)
                 entry = _open_entry(folder, key, dtype)
     except OSError as error:
@@ -81,7 +81,7 @@ def made_folder(cache: Path, name: str, make: Callable[[Path], None], title: str
         if path.is_dir():
             return path
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{name}.lock"):
+        with locked(cache / f"{name}.lock"):
             if not path.is_dir():
                 with tempfile.TemporaryDirectory(dir=cache, prefix=f"{name}.") as folder:
                     logging.getLogger(__name__).info(title)
@@ -112,16 +112,16 @@ def _open_entry(folder: Path, key: str, dtype: np.dtype) -> CachedTokens | None:
 
 def _write_entry(folder: Path, key: str, dtype: np.dtype, write: Write) -> None:
     counts = TokenCounts()
-    with _replacing(folder, f"{key}.bin") as file:
+    with replacing(folder, f"{key}.bin") as file:
         for ids in write(counts):
             file.write(ids.astype(dtype).tobytes())
             counts.tokens += len(ids)
-    with _replacing(folder, f"{key}.json") as file:  # last, because with it the entry counts as whole
+    with replacing(folder, f"{key}.json") as file:  # last, because with it the entry counts as whole
         file.write(json.dumps(asdict(counts)).encode())
 
 
 @contextmanager
-def _replacing(folder: Path, name: str) -> Iterator[IO[bytes]]:
+def replacing(folder: Path, name: str) -> Iterator[IO[bytes]]:
     """A new file that takes its name only once all of it is on the disk."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{name}.", suffix=".tmp", delete=False) as file:
         try:
@@ -136,7 +136,7 @@ def _replacing(folder: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def locked(path: Path) -> Iterator[bool]:
     """Waits for the lock; false where the file system has none, and then several processes do the same work in vain."""
     logger = logging.getLogger(__name__)
     with open(path, "ab") as file:
@@ -152,7 +152,7 @@ def _locked(path: Path) -> Iterator[bool]:
         yield alone
 
 
-def _remove_remains(folder: Path, key: str) -> None:
+def remove_remains(folder: Path, key: str) -> None:
     """What a process that was killed at work has left; nobody else is at work on this key while we hold its lock."""
     for path in folder.glob(f"{key}.*.tmp"):
         path.unlink(missing_ok=True)

@@ -93,7 +93,8 @@ class ActionBatch(Samples):
 
     unit: ClassVar[str] = "numbers"
     images: Tensor
-    """uint8 [micro_batch, views, height, width, 3]."""
+    """uint8 [micro_batch, views, height, width, 3]; or what a frozen vision made of them, [micro_batch, views x
+    patches, hidden] in the compute type."""
     instruction: Tensor
     """Token ids, int64 [micro_batch, tokens]."""
     state: Tensor

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ _ARM_NOISE = 0.03
 _ARM_STAYS, _ARM_THERE = 3, 0.02
 """Steps that it rests on the disc, and how near to the middle that is."""
 _ARM_SEED = 0x6465
-_FORMAT = "scaling episode images 1"
+_FORMAT = "scaling episode images 2"
 """Part of every key: to be raised when the same folder comes to be read otherwise."""
 _CONSTANT = 1e-6
 """A number that varies by less, relative to its size or absolutely, is taken to be constant."""
@@ -65,7 +65,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """One folder's moments, in the order of their episodes."""
 
     state: np.ndarray
@@ -75,7 +75,9 @@ class _Source:
     told: np.ndarray
     """Index of each episode's instruction, int64 [episodes]."""
     images: np.ndarray
-    """uint8 [rows, views, size, size, 3], memory-mapped."""
+    """uint8 [rows, views, size, size, 3], memory-mapped; or what vision made of them, see `with_features`."""
+    digest: str
+    """Of the images."""
     rows: np.ndarray
     """Of each moment its row in `images`, int64."""
 
@@ -84,7 +86,7 @@ class _Source:
 class EpisodeDataset:
     """Samples: one for each moment of the episodes of one part."""
 
-    sources: Sequence[_Source]
+    sources: Sequence[Source]
     moments: np.ndarray
     """Of each sample: its source, its place there, and the end of its episode; int64 [samples, 3]."""
     told: np.ndarray
@@ -96,7 +98,17 @@ class EpisodeDataset:
     """Of "state" and "action", from the episodes that are trained on."""
     identity: str
     """Of the numbers and texts of all episodes; whose pictures they are is taken for granted."""
+    features: torch.dtype | None = None
+    """Type of what vision made of the images, which then stands in their place; None: images."""
     bytes_per_token: float | None = None
+
+    def with_features(self, found: Sequence[np.ndarray], dtype: torch.dtype) -> "EpisodeDataset":
+        """The same, with what vision made of the images of each source in their place, the fingerprint unchanged.
+
+        `found`: of each source the bytes of numbers of `dtype`, uint8 [rows, views x patches, hidden x bytes].
+        """
+        sources = [replace(source, images=rows) for source, rows in zip(self.sources, found, strict=True)]
+        return replace(self, sources=sources, features=dtype)
 
     @property
     def fingerprint(self) -> str:
@@ -125,8 +137,9 @@ class EpisodeDataset:
             pads.append(steps >= end)
         state = self.scales["state"].apply(np.stack(states))
         action = self.scales["action"].apply(np.stack(actions))
+        seen = torch.from_numpy(np.stack(images))
         return ActionBatch(
-            images=torch.from_numpy(np.stack(images)),
+            images=seen if self.features is None else seen.view(self.features),
             instruction=torch.from_numpy(self.instructions[self.told[indices]]),
             state=torch.from_numpy(state.astype(np.float32)),
             actions=torch.from_numpy(action.astype(np.float32)),
@@ -181,7 +194,7 @@ def instruction_ids(text: str, tokenizer: Tokenizer, data: EpisodeData) -> np.nd
 
 @dataclass(frozen=True)
 class _Opened:
-    source: _Source
+    source: Source
     texts: Sequence[str]
     """Of each episode."""
     identity: str
@@ -220,15 +233,15 @@ def _open(path: Path, data: EpisodeData, model: Vla) -> _Opened:
             f"{model.vision.views}; set it, or name some in `data.cameras`"
         )
     order = np.lexsort((rows.moment, rows.episode))
-    images, damaged = _images(folder, cameras, model.vision.image_size, data)
+    images, digest, damaged = _images(folder, cameras, model.vision.image_size, data)
     kept = _sound(folder, order, texts, damaged, data)
     order, starts = _joined(order, kept)
     tasks = rows.task[order[starts[:-1]]]
     named = [texts[task] for task in tasks.tolist()]
-    source = _Source(rows.state[order], rows.action[order], starts, tasks, images, order)
-    digest = hashlib.sha256(repr((named, starts.tolist())).encode())
-    digest.update(source.state.tobytes() + source.action.tobytes())
-    return _Opened(source, named, digest.hexdigest())
+    source = Source(rows.state[order], rows.action[order], starts, tasks, images, digest, order)
+    identity = hashlib.sha256(repr((named, starts.tolist())).encode())
+    identity.update(source.state.tobytes() + source.action.tobytes())
+    return _Opened(source, named, identity.hexdigest())
 
 
 def _sound(
@@ -281,9 +294,9 @@ def _joined(order: np.ndarray, kept: list[np.ndarray]) -> tuple[np.ndarray, np.n
 
 def _images(
     folder: Folder, cameras: Sequence[Camera], size: int, data: EpisodeData
-) -> tuple[np.ndarray, dict[int, str]]:
-    """What all cameras saw at each row, uint8 [rows, views, size, size, 3], memory-mapped; and by row what is wrong
-    with some of it."""
+) -> tuple[np.ndarray, str, dict[int, str]]:
+    """What all cameras saw at each row, uint8 [rows, views, size, size, 3], memory-mapped; its digest; and by row what
+    is wrong with some of it."""
     names = [camera.name for camera in cameras]
     parts = [_FORMAT, str(folder.path.resolve()), str(size), *names, *folder.stamps()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
@@ -293,6 +306,7 @@ def _images(
 
     def write(counts: TokenCounts) -> Iterator[np.ndarray]:
         wrong: dict[int, str] = {}
+        digest = hashlib.sha256()
         row = 0
 
         def note(why: str) -> None:
@@ -302,17 +316,20 @@ def _images(
             streams = [folder.images(camera, size, note) for camera in cameras]
             for views_now in zip(*streams, strict=True):
                 counts.documents += 1
-                yield np.stack(views_now).reshape(-1)
+                views_seen = np.stack(views_now).reshape(-1)
+                digest.update(views_seen)
+                yield views_seen
                 advance(pixels // max(1, count))
                 row += 1
         if row != count:
             raise folder.refusal(f"its images must be as many as its rows, but are {row} for {count}")
-        yield np.frombuffer("\n".join(f"{row} {why}" for row, why in sorted(wrong.items())).encode(), np.uint8)
+        lines = [digest.hexdigest(), *(f"{row} {why}" for row, why in sorted(wrong.items()))]
+        yield np.frombuffer("\n".join(lines).encode(), np.uint8)
 
     found = cached_tokens(Path(data.cache), key, np.dtype("u1"), write)
-    told = bytes(np.asarray(found.tokens[pixels:])).decode().splitlines()
+    digest, *told = bytes(np.asarray(found.tokens[pixels:])).decode().splitlines()
     damaged = {int(number): why for number, _, why in (line.partition(" ") for line in told)}
-    return found.tokens[:pixels].reshape(shape), damaged
+    return found.tokens[:pixels].reshape(shape), digest, damaged
 
 
 # ---------------------------------------------------------------- samples
@@ -382,7 +399,7 @@ def _simulated(data: EpisodeData) -> Path:
     def make(folder: Path) -> None:
         write_folder(folder, list(demonstrations(count)), robot="simulated arm", fps=ARM_FPS)
 
-    name = f"{SIMULATED_ARM}-1-{count}"
+    name = Path(data.simulated_folder).name
     return made_folder(Path(data.cache), name, make, f"demonstrating {count} episodes of the simulated arm")
 
 

@@ -130,17 +130,23 @@ class VlaStructure:
     ends: tuple[tuple[Product, int], ...]
     """Products outside of blocks, each with the tokens of a sample that it is over: the head is the last."""
     elements: int
+    """Of all parameters that take part."""
     trained: int
     trained_tensors: int
 
 
 @cached
-def vla_structure(model: Vla, text: int, frozen: frozenset[str] = frozenset()) -> VlaStructure:
+def vla_structure(model: Vla, text: int, frozen: frozenset[str] = frozenset(), features: bool = False) -> VlaStructure:
     """What `model` computes for instructions of `text` tokens where the parameters named `frozen` do not train.
 
-    A part of which nothing trains, and before which nothing does, has a forward pass alone.
+    A part of which nothing trains, and before which nothing does, has a forward pass alone; vision not even that where
+    its `features` are in the data.
     """
-    elements = {parameter.name: parameter.elements for parameter in parameters(model)}
+    elements = {
+        parameter.name: parameter.elements
+        for parameter in parameters(model)
+        if not (features and parameter.name.startswith("vision."))
+    }
     trained = elements.keys() - frozen
     training = {name.rpartition(".")[0] for name in trained}
     by_block = _by_block(elements)
@@ -151,11 +157,14 @@ def vla_structure(model: Vla, text: int, frozen: frozenset[str] = frozenset()) -
     def end(name: str, inputs: int, outputs: int, flows: bool) -> Product:
         return Product(inputs, outputs, flows, f"{name}.weight" in trained)
 
-    ends = [(end("vision.patch_embed", CHANNELS * vision.patch_size**2, vision.hidden_size, False), seen)]
-    streams: dict[str, bool] = {}
+    embed = (end("vision.patch_embed", CHANNELS * vision.patch_size**2, vision.hidden_size, False), seen)
+    ends = [] if features else [embed]
+    streams: dict[str, bool] = {"vision": False}
     for part, shape in shapes(model).items():
         if part == "fusion":
             break
+        if part == "vision" and features:
+            continue
         stream = any(name.startswith((f"{part}.embed", f"{part}.patch")) for name in training)
         for index in range(shape.num_hidden_layers):
             name = f"{part}.layers.{index}"
@@ -214,9 +223,9 @@ def _fusion_stack(
     return Stack(shape, block, 1, chunk, chunk, False, keys, context, crosses or stream), after
 
 
-def _vla_flops(model: Vla, length: int, frozen: frozenset[str]) -> float:
+def _vla_flops(model: Vla, length: int, frozen: frozenset[str], features: bool) -> float:
     """Of one sample."""
-    work = vla_structure(model, text_length(model, length), frozen)
+    work = vla_structure(model, text_length(model, length), frozen, features)
     total = sum(product.flops_per_token * tokens for product, tokens in work.ends)
     for stack in work.stacks:
         block, width = stack.block, stack.shape.num_attention_heads * head_dim(stack.shape)
@@ -230,7 +239,12 @@ def _vla_flops(model: Vla, length: int, frozen: frozenset[str]) -> float:
 
 
 def train_flops_per_token(
-    model: Model, sequence_length: int, frozen: Collection[str] = (), lora: Lora | None = None
+    model: Model,
+    sequence_length: int,
+    frozen: Collection[str] = (),
+    lora: Lora | None = None,
+    *,
+    features: bool = False,
 ) -> float:
     """FLOPs per token of one forward and backward pass, recomputation not counted.
 
@@ -238,12 +252,13 @@ def train_flops_per_token(
     trained itself (Kaplan et al., 2020, without their assumption that everything trains). Attention scores and their
     product with the values cost 4 x width x sequence per token and layer forward, up to twice that backward, causal
     masking not discounted (as PaLM's MFU counts, Chowdhery et al., 2022, appendix B). Of a vla tokens are the positions
-    of `scaling.inventory.sample_length`, and `sequence_length` is their number in a sample. Of a recorded model it is
+    of `scaling.inventory.sample_length`, and `sequence_length` is their number in a sample; with `features` its vision
+    is left out, whose answers are in the data. Of a recorded model it is
     what its products and attention kernels were counted to cost, where masking is not discounted either. Raises
     UserError where nothing was recorded.
     """
     if isinstance(model, Vla):
-        return _vla_flops(model, sequence_length, frozenset(frozen)) / sequence_length
+        return _vla_flops(model, sequence_length, frozenset(frozen), features) / sequence_length
     if isinstance(model, Recorded):
         return recorded_flops(ledger_of(model)["work"]["none"]) / sequence_length
     work = structure(model, frozenset(frozen), lora)

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from scaling.errors import UserError
+from scaling.estimate.features import feature_cache
 from scaling.estimate.flops import train_flops_per_token
 from scaling.estimate.memory import MemoryModel
 from scaling.estimate.results import MemoryEstimate, TimeEstimate
@@ -16,6 +17,7 @@ from scaling.hardware import Cluster, gpu_from_device_name
 from scaling.inventory import sample_length
 from scaling.records import BatchPlan
 from scaling.spec import Spec
+from scaling.spec.sections import caches_features
 
 SCHEMA_VERSION = 1
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "communication", "workspace", "framework")
@@ -28,13 +30,13 @@ def report(spec: Spec, found: Found, margin: float) -> dict[str, Any]:
     """The whole result. All numbers about memory and time are predicted; null is what is not known."""
     groups = found.groups
     frozen = [name for group in groups if group.frozen for name in group.names]
-    length = sample_length(spec)
+    length, features = sample_length(spec), caches_features(spec.data)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
             "parameters": sum(group.parameters for group in groups),
             "trainable_parameters": sum(group.parameters for group in groups if not group.frozen),
-            "flops_per_token": train_flops_per_token(spec.model, length, frozen, spec.lora),
+            "flops_per_token": train_flops_per_token(spec.model, length, frozen, spec.lora, features=features),
         },
         "hardware": {
             "name": found.cluster.gpu.name,
@@ -50,6 +52,7 @@ def report(spec: Spec, found: Found, margin: float) -> dict[str, Any]:
         "candidates": [candidate_report(candidate) for candidate in found.candidates],
         "pareto": list(found.pareto),
         "rejected": [_rejected_report(rejected) for rejected in found.rejected],
+        "features": None if (cache := feature_cache(spec)) is None else dataclasses.asdict(cache),
         "seconds": found.seconds,
     }
 

@@ -20,7 +20,7 @@ from scaling.estimate.memory import MemoryModel
 from scaling.estimate.results import MemoryEstimate, TimeEstimate
 from scaling.estimate.time import estimate_time
 from scaling.estimate.workers import mapped
-from scaling.groups import Group, resolve_groups
+from scaling.groups import Group, check_features, resolve_groups
 from scaling.hardware import Cluster
 from scaling.inventory import parameters
 from scaling.records import BatchPlan
@@ -129,6 +129,7 @@ def _search(spec: Spec, cluster: Cluster, margin: float, *, only_as_written: boo
     began = time.perf_counter()
     usable = usable_bytes(cluster, margin)
     groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
+    check_features(spec, groups)
     per_rank = sequences_per_rank(spec, cluster.world_size)
     written, rejected = _as_written(spec, cluster, groups, usable)
     found: list[Candidate] = []

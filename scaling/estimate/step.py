@@ -12,10 +12,21 @@ from scaling.estimate.replay import Replay, recorded_ledger
 from scaling.estimate.tape import Storage, Tape, Value, backward
 from scaling.estimate.torch_engines import DDP, FSDP, Single
 from scaling.groups import Group
-from scaling.inventory import attended_length, inventory_of, sequences, still, text_length
+from scaling.inventory import attended_length, feature_bytes, inventory_of, sequences, still, text_length
 from scaling.records import BatchPlan
 from scaling.spec.sections import DDP as DDPSpec
-from scaling.spec.sections import DPO, PPO, Decoder, FactoryModel, HuggingFace, Spec, Vla, in_chunks, packs
+from scaling.spec.sections import (
+    DPO,
+    PPO,
+    Decoder,
+    FactoryModel,
+    HuggingFace,
+    Spec,
+    Vla,
+    caches_features,
+    in_chunks,
+    packs,
+)
 from scaling.spec.sections import FSDP as FSDPSpec
 from scaling.spec.sections import DeepSpeed as DeepSpeedSpec
 from scaling.units import WIDTHS
@@ -71,7 +82,8 @@ def batch_sizes(spec: Spec, plan: BatchPlan, *, cuda: bool) -> list[int]:
             return sizes * plan.accumulation
         case Vla() as model:
             text = text_length(model, plan.sequence_length)
-            return vla.batch_sizes(model, plan.micro_batch, text) * (1 if cuda else plan.accumulation)
+            features = feature_bytes(model.vision, spec.precision) if caches_features(spec.data) else None
+            return vla.batch_sizes(model, plan.micro_batch, text, features) * (1 if cuda else plan.accumulation)
 
 
 def _played_model(
@@ -94,7 +106,11 @@ def _played_model(
         case Vla() as model:
             parts = still(model, frozen)
             return vla.PlayedVla(
-                model, spec.objective, ops, engine, still=parts, checkpointing=checkpointing, compiled=compiled
+                *(model, spec.objective, ops, engine),
+                still=parts,
+                checkpointing=checkpointing,
+                compiled=compiled,
+                features=caches_features(spec.data),
             )
         case FactoryModel() | HuggingFace() as model:
             ledger = recorded_ledger(spec, model, frozen)

@@ -25,7 +25,7 @@ from scaling.groups import Group
 from scaling.hardware import Cluster
 from scaling.inventory import attended_length, block_finder, inventory_of, text_length
 from scaling.records import BatchPlan
-from scaling.spec.sections import PPO, Recorded, Spec, Vla, in_chunks, packs
+from scaling.spec.sections import PPO, Recorded, Spec, Vla, caches_features, in_chunks, packs
 
 STEP_SECONDS = 2e-3
 """Host time once a step: batch, learning rates, norm, metrics. Engineering judgement."""
@@ -56,7 +56,8 @@ def estimate_time(
     seconds = sum(parts.values())
     rate = plan.global_tokens / plan.world_size / seconds
     peak = cluster.gpu.peak_flops(spec.precision)
-    flops = train_flops_per_token(spec.model, attended_length(spec), frozen, spec.lora)
+    features = caches_features(spec.data)
+    flops = train_flops_per_token(spec.model, attended_length(spec), frozen, spec.lora, features=features)
     return TimeEstimate(seconds, rate, None if peak is None else rate * flops / peak, parts)
 
 
@@ -64,7 +65,7 @@ def _step(spec: Spec, plan: BatchPlan, rendered: dict[str, Any], cluster: Cluste
     rates = rates_of(cluster.gpu, spec.precision)
     model, mode = spec.model, spec.activation_checkpointing
     if isinstance(model, Vla):
-        parts = vla_structure(model, text_length(model, plan.sequence_length), frozen)
+        parts = vla_structure(model, text_length(model, plan.sequence_length), frozen, caches_features(spec.data))
         blocks = tuple(
             (stack.block, stack.count, stack_passes(stack, plan.micro_batch, mode, spec.compile, rates))
             for stack in parts.stacks

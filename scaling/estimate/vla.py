@@ -10,11 +10,13 @@ from scaling.spec.sections import BehaviourCloning, Objective, Vla
 from scaling.units import ALLOCATION_BYTES
 
 
-def batch_sizes(model: Vla, batch: int, text: int) -> list[int]:
-    """Bytes that each tensor of an ActionBatch takes."""
+def batch_sizes(model: Vla, batch: int, text: int, features: int | None = None) -> list[int]:
+    """Bytes that each tensor of an ActionBatch takes; `features`: of what vision made of a sample's images, where that
+    stands in their place."""
     vision, action = model.vision, model.action
+    images = vision.views * vision.image_size**2 * CHANNELS
     sizes = [
-        batch * vision.views * vision.image_size**2 * CHANNELS,
+        batch * (images if features is None else features),
         LONG * batch * text,
         FLOAT * batch * action.state_dim,
         FLOAT * batch * action.chunk_size * action.action_dim,
@@ -37,9 +39,12 @@ class PlayedVla:
         still: Collection[str] = (),
         checkpointing: str = "none",
         compiled: bool = False,
+        features: bool = False,
     ) -> None:
+        """`features`: the batch has what vision made of the images."""
         self.model = model
         self.objective = objective
+        self.features = features
         self.ops = ops
         self.hooks = hooks
         self.text = text_length(model, ops.shape.sequence)
@@ -82,6 +87,8 @@ class PlayedVla:
         """Vision.forward."""
         ops, part, vision = self.ops, self.parts["vision"], self.model.vision
         width, tokens = vision.hidden_size, patches(vision)
+        if self.features:
+            return Value(ops.new(0), ops.shape.batch * vision.views * tokens * width)  # they are the batch's
         self.hooks.enter("vision", None)
         hidden = self.patch_embed("vision.patch_embed")
         hidden = ops.add(hidden, self.table("vision.embed_positions", tokens, width))

@@ -14,6 +14,7 @@ from typing import Any
 from scaling.errors import UserError
 from scaling.inventory.recorded import Inventory, Parameter, read_inventory
 from scaling.spec.sections import Decoder, Fusion, Lora, Model, PreferenceData, Recorded, Spec, Vision, Vla
+from scaling.units import WIDTHS
 
 ADAPTERS = ("lora_A", "lora_B")
 """Modules of an adapter, below the linear layer that it is of: [rank, inputs], then [outputs, rank]."""
@@ -145,6 +146,15 @@ def still(model: Vla, frozen: Collection[str]) -> tuple[str, ...]:
 def patches(vision: Vision) -> int:
     """Tokens of one view."""
     return (vision.image_size // vision.patch_size) ** 2  # divisible: the spec refuses others
+
+
+CHECKSUM_BYTES = 4
+"""Of the features of one sample on disk."""
+
+
+def feature_bytes(vision: Vision, precision: str) -> int:
+    """Of what vision makes of the images of one sample, in the type that training computes in; without checksum."""
+    return vision.views * patches(vision) * vision.hidden_size * WIDTHS[precision]
 
 
 def sample_length(spec: Spec) -> int:

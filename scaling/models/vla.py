@@ -2,6 +2,7 @@
 
 Vision and language are encoders of a decoder's blocks; the fusion is a transformer of one learned query for each
 action, which looks at the tokens of both and at the state. `Vla(spec)(images, instruction, state)` gives actions.
+`Vla(spec)(images)` gives what vision makes of them, which may stand in their place.
 """
 
 import math
@@ -62,19 +63,22 @@ class Vla(nn.Module):
     def forward(
         self,
         images: Tensor,
-        instruction: Tensor,
-        state: Tensor,
+        instruction: Tensor | None = None,
+        state: Tensor | None = None,
         noised: Tensor | None = None,
         time: Tensor | None = None,
     ) -> Tensor:
         """Actions [batch, chunk, action_dim] in the compute type; with `noised` and `time` their velocity there.
 
-        `images`: uint8 [batch, views, height, width, 3]; `instruction`: int64 [batch, tokens], padded with a token of
-        its own that is attended to as any other; `state`: [batch, state_dim]; `noised`: [batch, chunk, action_dim] and
-        `time`: [batch] in 0 .. 1, for a head that predicts velocities.
+        `images`: uint8 [batch, views, height, width, 3], or what vision makes of them, [batch, views x patches, hidden]
+        in the compute type; `instruction`: int64 [batch, tokens], padded with a token of its own that is attended to as
+        any other; `state`: [batch, state_dim]; `noised`: [batch, chunk, action_dim] and `time`: [batch] in 0 .. 1, for
+        a head that predicts velocities. Of images alone the result is what vision makes of them.
         """
         with self._gradients("vision"):
-            seen = self.vision(images)
+            seen = images if images.is_floating_point() else self.vision(images)
+        if instruction is None or state is None:
+            return seen.clone()  # as below
         with self._gradients("language"):
             read = self.language(instruction)
         with self._gradients("fusion"):

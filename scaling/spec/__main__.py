@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scaling.batch import legal_world_sizes, resolve_batch
 from scaling.errors import CommandLine, UserError, positive, run_command, write_output
-from scaling.groups import Group, resolve_groups
+from scaling.groups import Group, check_features, resolve_groups
 from scaling.inventory import parameters
 from scaling.spec import Spec, SpecError, parse_spec, placed, read_document, spec_schema
 from scaling.spec.document import document_of
@@ -48,6 +48,7 @@ def validate(source: str, assignments: list[str]) -> str:
     spec = parse_spec(document)
     try:
         groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
+        check_features(spec, groups)
         if not legal_world_sizes(spec, _FEW_RANKS) and not legal_world_sizes(spec, _MANY_RANKS):
             resolve_batch(spec, 1)  # raises, and says what is nearest
     except UserError as error:

@@ -547,7 +547,20 @@ class EpisodeData(Section):
     simulated_episodes: Count = 500
     """Episodes of "simulated-arm"."""
     cache: Text = ".cache/scaling"
-    """Folder of the decoded images, keyed by the folder's files; safe to delete."""
+    """Folder of the decoded images, keyed by the folder's files, and of what vision makes of them; safe to delete."""
+    cache_features: bool = False
+    """Ask a frozen `model.vision` once about each image, before the first step, and train from its answers, which are
+    kept in `cache`, keyed by the images, its weights and the precision. Same losses; takes disk in place of time."""
+
+    @property
+    def simulated_folder(self) -> str:
+        """Path of the demonstrations of "simulated-arm", once they are made."""
+        return f"{self.cache}/{SIMULATED_ARM}-1-{self.simulated_episodes}"
+
+
+def caches_features(data: "Data") -> bool:
+    """Whether samples hold what a frozen vision made of their images, in place of the images."""
+    return isinstance(data, EpisodeData) and data.cache_features
 
 
 class FactoryData(Section):
@@ -994,6 +1007,28 @@ class Tracking(Section):
     """Null: nothing listens."""
 
 
+class PartWeights(Section):
+    """Weights that one part of a vla starts from."""
+
+    part: Literal["vision", "language", "fusion"]
+    """Which part."""
+    path: Text
+    """Folder or file of safetensors; relative to the working folder. Tensors that the part has not are not used."""
+    names: dict[Text, Text] = {}
+    """Globs over the part's own names (as `python -m scaling.inventory` lists them, without "vision.") and what the
+    files call those: each `*` there stands for what the same one of the glob matches. The first that matches counts;
+    what none matches is called as here. Parameters with one name there are the rows of one tensor, in the order of the
+    model: query, key and value, say. Empty: our own names, or for language Llama's, Qwen's or GPT-2's."""
+
+    def contradictions(self) -> Iterator[str]:
+        for glob, name in self.names.items():
+            if glob.count("*") != name.count("*") or re.search(r"[?\[\]]", glob):
+                yield (
+                    f"`names` must map globs to names with as many `*`, and no other wildcard, but has "
+                    f"'{quoted(glob)}' for '{quoted(name)}'; write one for each"
+                )
+
+
 class Spec(Section):
     """One training job."""
 
@@ -1039,6 +1074,8 @@ class Spec(Section):
     initialize_from: Text | None = None
     """Weights to start from, with a fresh optimizer and at step 0: a checkpoint or a run folder of this project, or a
     Hugging Face folder or file of safetensors. A run that has a checkpoint of its own goes on from that instead."""
+    initialize_parts: Annotated[list[PartWeights], Field(max_length=3)] = []
+    """Weights that parts of a vla start from, in place of `initialize_from`; others start from fresh values."""
     validation: Validation | None = None
     """Null: no validation."""
     checkpoint: Checkpoint | None = Checkpoint()
@@ -1049,6 +1086,7 @@ class Spec(Section):
 
     def contradictions(self) -> Iterator[str]:
         yield from self._adapters()
+        yield from self._parts()
         if (self.max_steps is None) == (self.epochs is None):
             both = self.max_steps is not None
             yield (
@@ -1092,6 +1130,15 @@ class Spec(Section):
         held_out = self.data.validation_samples if isinstance(self.data, SyntheticData) else self.data.validation
         if self.validation is not None and held_out == 0:
             yield "`validation` must be null when no data are held out, but is set; set `data.validation` to 0.05, say"
+
+    def _parts(self) -> Iterator[str]:
+        named = [one.part for one in self.initialize_parts]
+        if named and not isinstance(self.model, Vla):
+            yield f'`initialize_parts` must be empty for a model of kind "{self.model.kind}", but is not; drop it'
+        elif named and self.initialize_from is not None:
+            yield "`initialize_parts` must be empty where `initialize_from` gives all weights, but is not; drop one"
+        for part in dict.fromkeys(part for part in named if named.count(part) > 1):
+            yield f'`initialize_parts` must name a part once, but names "{part}" more often; drop one'
 
     def _adapters(self) -> Iterator[str]:
         lora, model = self.lora, self.model
