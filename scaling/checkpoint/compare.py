@@ -13,7 +13,7 @@ _HARMLESS = (
 """Fields that leave the curve as it is, or (batch, data) whose effect is compared by what comes of it, not by words."""
 _CONTINUES = (
     *("model.dropout", "lora.dropout", "optimizer.*", "param_groups*", "lr_scaling.*", "schedule.*", "precision"),
-    *("max_steps", "epochs", "max_grad_norm"),
+    *("max_steps", "epochs", "max_grad_norm", "data.sequence_curriculum*"),
 )
 """Fields after whose change the curve goes on otherwise."""
 
