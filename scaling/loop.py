@@ -17,6 +17,7 @@ from scaling.errors import Stopped, StoppedUnsaved
 from scaling.nonfinite import NonFinitePolicy
 from scaling.objectives import Objective
 from scaling.profile.clock import Clock
+from scaling.profile.gradients import GradientNorms
 from scaling.profile.recorder import Landed, Recorder, StepResult
 from scaling.records import BatchPlan, Progress, ValidationRecord
 from scaling.schedule import lr_factor
@@ -80,7 +81,8 @@ def train(
             micro_batches = next(batches)
         loss_scale, first_sample = engine.loss_scale, progress.first_sample(course.plan)
         requests = (stop_requested(), keeper.failed)
-        result = train_step(engine, objective, micro_batches, process, recorder.clock, requests)
+        norms = recorder.norms_of(progress.step + 1)
+        result = train_step(engine, objective, micro_batches, process, recorder.clock, requests, norms)
         progress = progress.after(course.plan)
         stop = settled(recorder.step(progress, first_sample, result, lr=lr, loss_scale=loss_scale))
         keeper.poll()
@@ -138,8 +140,12 @@ def train_step(
     process: Process,
     clock: Clock,
     requests: tuple[bool, bool],
+    norms: GradientNorms | None = None,
 ) -> StepResult:
-    """One optimizer step over the micro-batches of this rank. `requests`: to stop; to look at a save that failed."""
+    """One optimizer step over the micro-batches of this rank. `requests`: to stop; to look at a save that failed.
+
+    `norms`: what is to be told of the gradient's parts, if anything.
+    """
     device = process.device
     terms = sum(batch.terms for batch in micro_batches)
     terms = process.sum_over_ranks(torch.tensor(float(terms), device=device)).clamp(min=1.0)
@@ -156,9 +162,10 @@ def train_step(
                 engine.backward(loss * (scale + (loss - loss).detach()))
         total += loss.detach()
     with clock.phase("optimizer"):
+        parts = None if norms is None else norms.over_ranks(engine.gradient_norms(), process)
         norm = engine.step()
     loss, wishes, bad_ranks = _over_ranks(total, requests, process)
-    return StepResult(loss / terms, norm, bad_ranks, wishes)
+    return StepResult(loss / terms, norm, bad_ranks, wishes, parts)
 
 
 def measure_validation(

@@ -36,7 +36,7 @@ from scaling.imports import add_allow_import
 from scaling.inventory import sample_length
 from scaling.render import render
 from scaling.spec import Document, Spec, parse_spec, placed, read_document
-from scaling.spec.sections import PPO
+from scaling.spec.sections import PPO, curriculum_of
 from scaling.units import GiB, format_bytes, format_count, format_seconds
 from scaling.view import PART_SIGNS, Bar, Sheet, print_sheet
 
@@ -496,7 +496,8 @@ def _steps(spec: Spec) -> str:
 
 
 def _hours(spec: Spec, candidate: Candidate) -> float | None:
-    step = known(candidate.time.step_seconds)
+    grows = curriculum_of(spec.data) is not None
+    step = known(candidate.time.mean_step_seconds if grows else candidate.time.step_seconds)
     return None if step is None or spec.max_steps is None else step * spec.max_steps / 3600
 
 

@@ -136,6 +136,12 @@ class StepRecord:
     """Place in the global order of the first sample of the step; the others follow it."""
     bad_ranks: list[int]
     """Ranks whose own loss was not finite."""
+    sequence_length: int | None = None
+    """Tokens in each sequence of the step, where `data.sequence_curriculum` lets them grow; else None."""
+    gradient_norms: dict[str, dict[str, float]] | None = None
+    """2-norms before clipping of the parts of the gradient, "layers" {block, or module outside of blocks: norm} and
+    "groups" {parameter group: norm}; the squares of each add up to that of `grad_norm`. None without
+    `profile.log_gradients`, and for a refused step that is recorded out of turn."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,24 @@ from scaling.estimate.flops import train_flops_per_token
 from scaling.groups import Group, check_features, resolve_groups
 from scaling.hardware import gemm_ceiling, gpu_from_device_name
 from scaling.imports import check_allowed
-from scaling.inventory import attended_length, inventory_of, parameters
+from scaling.inventory import attended_length, inventory_of, layers_of, parameters
 from scaling.records import BatchPlan, Progress, ValidationRecord
 from scaling.redact import redacted, redacted_json
 from scaling.render import render
 from scaling.run_folder import CHECKPOINTS, MEMORY, METRICS, SNAPSHOTS, count_start, versions
-from scaling.schedule import check_schedule, lr_scale
+from scaling.schedule import check_growth, check_schedule, growth, length_at, lr_scale
 from scaling.spec import Spec
-from scaling.spec.sections import DPO, PPO, Factory, FactoryData, FactoryModel, Recorded, Vla, caches_features
+from scaling.spec.sections import (
+    DPO,
+    PPO,
+    Factory,
+    FactoryData,
+    FactoryModel,
+    Recorded,
+    Vla,
+    caches_features,
+    curriculum_of,
+)
 from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused before
@@ -33,6 +44,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a wrong spec is refused befo
     from scaling.engine.process import Process
     from scaling.engine.protocol import Engine
     from scaling.objectives import Objective
+    from scaling.profile.gradients import GradientNorms
     from scaling.profile.observers import Observer
     from scaling.profile.recorder import Recorder, Yardsticks
     from scaling.profile.sinks import Sink
@@ -311,6 +323,7 @@ def _train(
         validation_interval=spec.validation.interval if spec.validation else None,
         save_best=spec.checkpoint is not None and spec.checkpoint.best,
     )
+    length = length_at(spec.data) if curriculum_of(spec.data) else lambda step: plan.sequence_length
     policy = NonFinitePolicy(spec.on_nonfinite, spec.nonfinite_limit)
     if policy.action == "rollback" and progress.step == 0:
         keeper.save(engine, progress)  # something to go back to
@@ -329,6 +342,7 @@ def _train(
                 world_size=process.world_size,
                 first_samples=places,
                 device=process.device,
+                pieces=(plan.sequence_length // length(step) for step in count(progress.step)),
             )
         try:
             with closing(batches):
@@ -417,7 +431,19 @@ def make_recorder(
         waits=Waits() if seen else NullWaits(),
         device_interval_s=profile.device_interval,
         observers=observers,
+        gradient_norms=_gradient_norms(job, process) if profile.log_gradients else None,
+        length=length_at(job.spec.data) if curriculum_of(job.spec.data) else None,
     )
+
+
+def _gradient_norms(job: Job, process: "Process") -> "GradientNorms":
+    from scaling.profile.gradients import GradientNorms
+
+    spec = job.spec
+    group_of = {name: group.name for group in job.groups if not group.frozen for name in group.names}
+    # In the order of the model, for whoever reads the record.
+    groups = {p.name: group_of[p.name] for p in parameters(spec.model, spec.lora) if p.name in group_of}
+    return GradientNorms(layers_of(spec.model, groups), groups, process.device)
 
 
 def _observers(
@@ -585,6 +611,7 @@ def _number_of_steps(spec: Spec, plan: BatchPlan, samples: int) -> int:
             f"{samples} give none; train longer or lower `batch.global_batch_size`"
         )
     check_schedule(spec.schedule, steps)
+    check_growth(spec.data, steps)
     return steps
 
 
@@ -594,15 +621,19 @@ def yardsticks(job: Job, process: "Process") -> "Yardsticks":
 
     path, device = job.spec.profile.hardware, device_name(process)
     measured = None if path is None else gemm_ceiling(path, job.spec.precision, device)
-    return Yardsticks(_flops_per_token(job), _peak_flops(job.spec, process), measured)
+    spec, longest = job.spec, attended_length(job.spec)
+    shorter = {length: _flops_per_token(job, length) for _, length in growth(spec.data) if curriculum_of(spec.data)}
+    return Yardsticks(_flops_per_token(job, longest), _peak_flops(spec, process), measured, shorter)
 
 
-def _flops_per_token(job: Job) -> float | None:
-    if isinstance(job.spec.model, Recorded) and inventory_of(job.spec.model).ledger is None:
+def _flops_per_token(job: Job, length: int) -> float | None:
+    """Of sequences of so many tokens; a recorded model is known at the length that it was recorded at."""
+    model = job.spec.model
+    if isinstance(model, Recorded) and (inventory_of(model).ledger is None or length != attended_length(job.spec)):
         return None
     frozen = {name for group in job.groups if group.frozen for name in group.names}
     features = caches_features(job.spec.data)
-    return train_flops_per_token(job.spec.model, attended_length(job.spec), frozen, job.spec.lora, features=features)
+    return train_flops_per_token(model, length, frozen, job.spec.lora, features=features)
 
 
 def _peak_flops(spec: Spec, process: "Process") -> float | None:

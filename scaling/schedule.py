@@ -14,10 +14,23 @@ Hugging Face's schedules. If the warm-up fills the whole run there is no curve, 
 """
 
 import math
+from bisect import bisect
+from collections.abc import Callable
 from typing import assert_never
 
 from scaling.errors import UserError
-from scaling.spec.sections import WSD, AnySchedule, Constant, Cosine, CosineWithRestarts, Linear, LRScaling
+from scaling.spec import Spec, change_spec
+from scaling.spec.sections import (
+    WSD,
+    AnySchedule,
+    Constant,
+    Cosine,
+    CosineWithRestarts,
+    Data,
+    Linear,
+    LRScaling,
+    curriculum_of,
+)
 
 
 def lr_factor(schedule: AnySchedule, step: int, max_steps: int) -> float:
@@ -93,3 +106,45 @@ def _descend(done: float, floor: float) -> float:
 def _half_cosine(progress: float) -> float:
     """How far half a cosine has come down at `progress`: 0 at 0, 1/2 at 1/2, 1 at 1."""
     return 0.5 * (1.0 - math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------- the length of sequences
+
+
+def growth(data: Data) -> tuple[tuple[int, int], ...]:
+    """(first step that has it, 0-based; tokens in each sequence) of every length, in rising order."""
+    grows, longest = curriculum_of(data), data.sequence_length
+    if grows is None:
+        return ((0, longest),)
+    shortest, most = grows.min_length, longest // grows.min_length  # exact: the spec refuses others
+    small = [factor for factor in range(1, math.isqrt(most) + 1) if most % factor == 0]
+    lengths = [shortest * factor for factor in sorted({*small, *(most // factor for factor in small)})]
+    # At the first step s at which shortest + (longest - shortest) s / steps, the straight line, has come so far; of two
+    # at one step the longer.
+    starts = [-(-(length - shortest) * grows.steps // (longest - shortest)) for length in lengths]
+    return tuple(dict(zip(starts, lengths, strict=True)).items())
+
+
+def length_at(data: Data) -> Callable[[int], int]:
+    """What says how many tokens there are in each sequence of a step (0-based)."""
+    stages = growth(data)
+    starts = [start for start, _ in stages]
+    return lambda step: stages[bisect(starts, step) - 1][1]
+
+
+def at_length(spec: Spec, length: int) -> Spec:
+    """`spec` with all of its sequences as long as that, from the first step on."""
+    data = spec.data.model_dump() | {"sequence_length": length}
+    if curriculum_of(spec.data) is not None:
+        data["sequence_curriculum"] = None
+    return change_spec(spec, data=data)
+
+
+def check_growth(data: Data, max_steps: int) -> None:
+    """Raise UserError where sequences do not come to their full length: for runs whose length comes from `epochs`."""
+    grows = curriculum_of(data)
+    if grows is not None and grows.steps > max_steps:
+        raise UserError(
+            f"`data.sequence_curriculum.steps` must be at most the steps of the run ({max_steps}), but is "
+            f"{grows.steps}; shorten it or train longer"
+        )

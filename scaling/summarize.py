@@ -54,9 +54,12 @@ class RunData:
     def settled(self) -> list[dict[str, Any]]:
         """The records whose times count: those without the first steps of a start, which compile and fill caches.
 
-        Of a run whose records do not say which those are, all but the first two.
+        Of a run whose records do not say which those are, all but the first two; of one whose sequences grow those at
+        full length, which predictions are of.
         """
-        return [step for place, step in enumerate(self.steps) if not step.get("warm_up", place < UNSAID_WARM_UP)]
+        full = (None, at(self.spec, "data", "sequence_length"))
+        warm = [step for place, step in enumerate(self.steps) if not step.get("warm_up", place < UNSAID_WARM_UP)]
+        return [step for step in warm if step.get("sequence_length") in full]
 
     @property
     def warm(self) -> list[dict[str, Any]]:

@@ -33,9 +33,10 @@ from scaling.redact import redacted
 from scaling.run import Job, Resume, device_name, resolve
 from scaling.run import run as run_job
 from scaling.run_folder import OOM, LogFormatter, RunLock, environment, log_to, open_run_folder, write_exit, write_json
+from scaling.schedule import at_length, growth
 from scaling.spec import Spec, load_spec, parse_spec, read_document
 from scaling.spec.document import assign, document_of
-from scaling.spec.sections import FactoryModel, Recorded
+from scaling.spec.sections import PPO, FactoryModel, Recorded, curriculum_of
 from scaling.units import format_bytes, format_seconds
 from scaling.view import as_text, batch_line, groups_table
 from scaling.watch.exhausted import Exhausted, is_exhausted, message_of
@@ -109,6 +110,8 @@ def _launch(arguments: Sequence[str] | None, load: Callable[[Namespace], Spec]) 
         options = _parser().parse_args(arguments)
         spec, world_size = load(options), _announced("WORLD_SIZE", 1)
         _look_at(spec, options.allow_import)
+        if options.dry_run and curriculum_of(spec.data) is not None:  # its one step is of the longest
+            spec = at_length(spec, spec.data.sequence_length)
         job = resolve(_with_numbers(spec, world_size), world_size, options.allow_import)
         check_tracking(spec)
     except UserError as error:
@@ -153,7 +156,7 @@ def _train(job: Job, options: Namespace, spec: Spec) -> int:
     ):
         try:
             with process_from_environment(max(limits.values()) + _WATCHDOG_FIRST_S) as process:
-                _start_logging(process)
+                _start_logging(process, options.log_level)
                 predicted = _predicted(job, process) if process.is_main else {}
                 if folder is not None:
                     if lock := _open_run_folder(folder, job, process, options.resume, predicted):
@@ -379,6 +382,12 @@ def _parser() -> CommandLine:
         help=f"resume although FIELD ({', '.join(ORDER)}) is not as in the checkpoint; repeatable",
     )
     parser.add_argument("--plain", action="store_true", help="lines in place of the live view, on a terminal too")
+    parser.add_argument(
+        "--log-level",
+        default="info",
+        choices=("info", "warning", "error"),
+        help="the least of what is told on the terminal and in train.log (default: info); the record stays whole",
+    )
     parser.add_argument("--stop-after", type=positive, metavar="STEP", help="save after this step and end")
     parser.add_argument("--dry-run", action="store_true", help="validate, build, take one step, write nothing")
     add_allow_import(parser)
@@ -404,8 +413,8 @@ class _Stdout(logging.StreamHandler[TextIO]):
         pass
 
 
-def _start_logging(process: "Process") -> None:
-    logger.setLevel(logging.INFO)
+def _start_logging(process: "Process", level: str) -> None:
+    logger.setLevel(level.upper())
     logger.handlers.clear()
     logger.propagate = False
     if process.is_main:
@@ -451,6 +460,9 @@ def _show(job: Job, process: "Process", predicted: dict[str, Any]) -> None:
     spec = job.spec
     logger.info(f"{spec.name}: {spec.backend.kind} on {process.world_size} x {device_name(process)}, {spec.precision}")
     logger.info(batch_line(job.plan, sequences(job.spec)))
+    if len(stages := growth(spec.data)) > 1:
+        told = ", ".join(f"{length:,} tokens from step {first + 1:,}" for first, length in stages)
+        logger.info(f"sequences grow: {told}; each sample is cut into as many, its tokens stay")
     if spec.lr_scaling.rule != "none":
         logger.info(f"lr_scaling: every LR is multiplied by {job.lr_scale:.6g} ({spec.lr_scaling.rule})")
     for name in empty_groups(spec.param_groups, job.groups):

@@ -9,7 +9,7 @@ import gc
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,11 @@ from scaling.engine.process import Process, process_from_environment
 from scaling.engine.protocol import Engine
 from scaling.engine.scaler import LossScaler
 from scaling.groups import resolve_groups
-from scaling.inventory import parameters
+from scaling.inventory import layers_of, parameters
 from scaling.models.build import model_recipe
 from scaling.models.recipe import ModelRecipe
 from scaling.parity import BACKENDS
+from scaling.profile.gradients import GradientNorms
 from scaling.render import render
 from scaling.spec import load_spec
 
@@ -108,7 +109,12 @@ def observe(engine: Engine, recipe: ModelRecipe, process: Process, spec) -> dict
     seen["starts_at_0"] = fresh.counters["updates"] == 0
 
     ids = some_ids(process, spec)
-    step(engine, ids, 1.0)
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(spec.model, spec.lora))
+    trained = {name: group.name for group in groups if not group.frozen for name in group.names}
+    norms = GradientNorms(layers_of(spec.model, trained), trained, process.device)
+    found: list[torch.Tensor] = []
+    whole = step(engine, ids, 1.0, lambda: found.append(norms.over_ranks(engine.gradient_norms(), process)))
+    seen["gradient_norms"], seen["grad_norm"] = norms.told(found[0].tolist()), float(whole)
     first = snapshot(engine, shapes)
     after = first.tensors["master"]
     seen["moved"] = sorted(name for name in start if not torch.equal(start[name], after[name]))
@@ -213,11 +219,12 @@ def some_ids(process: Process, spec) -> torch.Tensor:
     return torch.arange(2 * 64).view(2, 64).to(process.device) % spec.model.vocab_size + process.rank
 
 
-def step(engine: Engine, ids: torch.Tensor, factor: float) -> torch.Tensor:
+def step(engine: Engine, ids: torch.Tensor, factor: float, look: Callable[[], object] = lambda: None) -> torch.Tensor:
     for last in (False, True):
         with engine.micro_step(last=last):
             loss = engine.module(ids, ids) * factor / ids.numel()
             engine.backward(loss)
+    look()
     return engine.step()
 
 

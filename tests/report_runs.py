@@ -87,6 +87,10 @@ def _line(number: int, noise: random.Random, speed: float) -> dict[str, Any]:
         warm_up=number in (1, 2, SAVED_AT + 1),
         skipped=refused,
         bad_ranks=[3] if refused else [],
+        gradient_norms={
+            "layers": {f"layers.{layer}": None if refused else near(0.2, 0.1) for layer in range(12)},
+            "groups": {"all": None if refused else near(0.6, 0.1)},
+        },
     )
 
 

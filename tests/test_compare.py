@@ -54,7 +54,13 @@ def test_harmless(path, value):
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("optimizer.lr", 0.5), ("max_steps", 77), ("schedule", {"kind": "constant"}), ("precision", "bf16")],
+    [
+        ("optimizer.lr", 0.5),
+        ("max_steps", 77),
+        ("schedule", {"kind": "constant"}),
+        ("precision", "bf16"),
+        ("data.sequence_curriculum", {"min_length": 8, "steps": 9}),
+    ],
 )
 def test_goes_on_otherwise(path, value):
     found = compare(SAVED, changed(path, value), ())

@@ -80,7 +80,7 @@ def partitioned(activation: str, checkpointing: str) -> float:
         fw_compiler=plain, bw_compiler=plain, partition_fn=partition, decompositions=select_decomp_table()
     )
     compiler = torch.compile
-    with patch("torch.compile", lambda function: compiler(function, backend=backend, dynamic=False)):
+    with patch("torch.compile", lambda function, **_: compiler(function, backend=backend, dynamic=False)):
         prepare_blocks(nn.ModuleList([block]), ["0"], checkpointing=checkpointing, compiled=True)
     torch._dynamo.reset()
     hidden = torch.randn(2, LENGTH, 64, dtype=torch.bfloat16, requires_grad=True)

@@ -1,6 +1,7 @@
 """Each engine against the protocol, on real processes over gloo: what it starts from, trains, owns and refuses."""
 
 import json
+import math
 import os
 
 import pytest
@@ -77,6 +78,17 @@ def test_engine(observed, case, name):
     assert seen["goes_on_after_nan"]
     assert seen["starts_at_0"] and seen["counts_updates"], "only applied updates count"
     assert seen.get("scalers_agree", True), "our loss scaler and DeepSpeed's must go the same way"
+
+
+@pytest.mark.parametrize(("case", "name"), ENGINES, ids=_id)
+def test_norms_of_layers_and_groups(observed, case, name):
+    """Those of the whole gradient, on every backend alike; with the loss scale and frozen parameters left out."""
+    seen, first = observed(case, name), observed(case, CASES[case].split(",")[0])
+    for kind, norms in seen["gradient_norms"].items():
+        assert norms == pytest.approx(first["gradient_norms"][kind], rel=1e-5 if case[2] == "fp32" else 2e-2)
+        assert math.hypot(*norms.values()) == pytest.approx(seen["grad_norm"], rel=1e-5)
+        assert all(norm > 0 for norm in norms.values())
+    assert {"layers.2", "norm", "embed_tokens"} <= seen["gradient_norms"]["layers"].keys()
 
 
 @pytest.mark.parametrize(("case", "name"), ENGINES, ids=_id)

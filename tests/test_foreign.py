@@ -230,6 +230,7 @@ max_steps: 19073
 min_lr: 0.00012
 save_interval: 5000
 eval_interval: 250
+log_gradients: true
 hellaswag: true
 """
 CONSTANT = """
@@ -661,6 +662,7 @@ def test_nanogpt_guide_in_tokens() -> None:
     values, notes = import_foreign(EXAMPLES["nanogpt"][1])
     assert values["batch"] == {"global_batch_tokens": 524_288, "micro_batch_size": 16}
     assert values["schedule"] == {"kind": "cosine", "warmup_steps": 715, "min_lr_ratio": 0.2}
+    assert values["profile"] == {"log_gradients": True}
     assert (values["max_steps"], values["checkpoint"]["interval"]) == (19_073, 5000)
     assert lost(notes) == {"hellaswag"}
     sizes = {f"model.{name}" for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}

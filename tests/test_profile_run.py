@@ -19,6 +19,7 @@ from scaling.spec import load_spec
 from scaling.summarize import goodput, read_run
 
 RECORDED = ["profile.interval=2", "profile.memory_step=5", "profile.trace_steps=[3,4]", "checkpoint.interval=4"]
+RECORDED += ["profile.log_gradients=true"]
 STEPS = ["max_steps=8", 'validation={"interval":4,"batches":1}']
 
 
@@ -83,13 +84,22 @@ def test_a_trace_names_steps_and_phases(sharded):
         assert summary["steps"] == 2 and 0 < summary["communication_seconds"] < summary["device_seconds"]
 
 
-def test_a_single_rank_has_no_others_and_ddp_does_not_say_what_it_waits(tmp_path):
-    alone = train(tmp_path / "single", *STEPS, 'backend={"kind":"single"}', "profile.interval=4", ranks=1)
+def test_a_single_rank_has_no_others_and_ddp_does_not_say_what_it_waits(tmp_path, sharded):
+    often = ("profile.interval=4", "profile.log_gradients=true")
+    alone = train(tmp_path / "single", *STEPS, 'backend={"kind":"single"}', *often, ranks=1)
     assert alone.steps[-1]["ranks"] is None and alone.steps[-1]["time"]["communication"] == 0
-    shared = train(tmp_path / "ddp", *STEPS, 'backend={"kind":"ddp"}', "profile.interval=4")
+    shared = train(tmp_path / "ddp", *STEPS, 'backend={"kind":"ddp"}', *often)
     last = shared.steps[-1]
     assert last["time"]["communication"] is None is last["ranks"]["slowest"]
     assert sum(value or 0 for value in last["time"].values()) == pytest.approx(last["step_seconds"])
+    for ours, theirs, third in zip(alone.steps, shared.steps, sharded.steps[1::2], strict=True):
+        for kind, norms in ours["gradient_norms"].items():
+            assert norms == pytest.approx(theirs["gradient_norms"][kind], rel=1e-5)
+            assert norms == pytest.approx(third["gradient_norms"][kind], rel=1e-5)
+            assert math.hypot(*norms.values()) == pytest.approx(ours["grad_norm"], rel=1e-5)
+        layers = ["embed_tokens", "embed_positions", "layers.0", "layers.2", "norm"]  # layers.1 is frozen
+        assert list(ours["gradient_norms"]["layers"]) == layers
+        assert list(ours["gradient_norms"]["groups"]) == ["slow", "rest"]
 
 
 def test_categories_are_those_of_an_independent_count():

@@ -268,6 +268,15 @@ def test_predicted_parts_stand_beside_measured_ones_or_beside_the_one_number_kno
         assert [key for key, _, _ in measured["parts"]] == (list(PARTS) if counted else ["allocated, at the peak"])
 
 
+def test_gradients_of_layers_are_a_chart_of_few_of_them(tmp_path):
+    assert main([str(full_run(tmp_path))]) == 0
+    charts = charts_of(data_of(tmp_path / "report.html"))
+    assert "grad-norm-groups" not in charts, "of one group it is the whole"
+    shown = [series["name"] for series in charts["grad-norm-layers"]["series"]]
+    assert len(shown) == 8 and shown[0] == "layers.0" and shown[-1] == "layers.11"
+    assert charts["grad-norm-layers"]["title"].endswith("(8 of 12)")
+
+
 def test_findings_are_shown_with_their_flags(tmp_path):
     run = full_run(tmp_path)
     finding = {"rule": "lr", "severity": "warning", "title": "t", "evidence": "e", "threshold": "s", "advice": "a",

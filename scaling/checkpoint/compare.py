@@ -15,7 +15,7 @@ _HARMLESS = (
 _CONTINUES = (
     *("model.dropout", "model.*.dropout", "lora.dropout"),
     *("optimizer.*", "param_groups*", "lr_scaling.*", "schedule.*", "precision"),
-    *("max_steps", "epochs", "max_grad_norm"),
+    *("max_steps", "epochs", "max_grad_norm", "data.sequence_curriculum*"),
 )
 """Fields after whose change the curve goes on otherwise."""
 

@@ -6,13 +6,14 @@ Nothing here ends early on one rank: the number of micro-batches follows from th
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scaling.data.dataset import Dataset, Samples
+from scaling.data.dataset import Dataset, MicroBatch, Samples
 from scaling.data.hashing import derive, derive_each
 from scaling.data.order import sample_indices
 
@@ -36,12 +37,14 @@ def step_batches(
     world_size: int,
     first_samples: Iterable[int],
     device: torch.device,
+    pieces: Iterable[int] | None = None,
 ) -> Generator[list[Samples], None, None]:
     """The micro-batches of this rank, `accumulation` of them for each optimizer step.
 
     A step whose first global sample is s is made of the samples s .. s + B - 1, where B = micro_batch x world_size x
     accumulation, for any world size: micro-step a of rank r takes `micro_batch` of them from
-    s + (a world_size + r) micro_batch on. `first_samples` has that s for each step.
+    s + (a world_size + r) micro_batch on. `first_samples` has that s for each step, `pieces` into how many each of its
+    sequences is cut, if it is.
 
     From the first `next` on, a thread reads ahead, into pinned memory if the device is a GPU. What it raises is raised
     here, as it is; `close()` ends it.
@@ -50,11 +53,14 @@ def step_batches(
     on_gpu = device.type == "cuda"
     gpu = torch.cuda.current_device() if on_gpu and device.index is None else device.index  # a new thread's is always 0
 
-    def read_step(first_sample: int) -> list[Samples]:
+    def read_step(first_sample: int, pieces: int) -> list[Samples]:
         batches: list[Samples] = []
         for micro_step in range(accumulation):
             first = first_sample + (micro_step * world_size + rank) * micro_batch
             batch = dataset.read(sample_indices(first, micro_batch, len(dataset), seed)).keyed(keys(first))
+            if pieces > 1:
+                assert isinstance(batch, MicroBatch), "the spec refuses others"
+                batch = batch.cut(pieces)
             batches.append(batch.each(Tensor.pin_memory) if on_gpu else batch)
         return batches
 
@@ -64,7 +70,7 @@ def step_batches(
     def steps() -> Iterator[list[Samples]]:
         if on_gpu:
             torch.cuda.set_device(gpu)  # or pinning would occupy some hundred MB of GPU 0 from every rank
-        return map(read_step, first_samples)
+        return map(read_step, first_samples, repeat(1) if pieces is None else pieces)
 
     return _read_ahead(steps)
 

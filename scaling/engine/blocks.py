@@ -20,6 +20,10 @@ KEPT_OPERATIONS = (
 """What selective checkpointing keeps: the operations whose recomputation costs most for the memory it saves."""
 
 
+GRAPHS = 64
+"""Of one block: more than a sequence has lengths. torch's own limit is 8, beyond which it would run uncompiled."""
+
+
 def prepare_blocks(module: nn.Module, blocks: Sequence[str], *, checkpointing: str, compiled: bool) -> None:
     """Make each block keep less for its backward pass (`checkpointing`: none, selective or full), and compile it.
 
@@ -31,7 +35,9 @@ def prepare_blocks(module: nn.Module, blocks: Sequence[str], *, checkpointing: s
         if checkpointing != "none":
             block.forward = MethodType(_selective if checkpointing == "selective" else _full, block)
         if compiled:
-            block.forward = torch.compile(block.forward)
+            # A graph for each shape, of which there are few: the lengths of sequences, in training and validation.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+            block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def _full(block: nn.Module, *inputs: Any, **named: Any) -> Any:

@@ -119,6 +119,15 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
+    def gradient_norms(self) -> dict[str, Tensor]:
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        # The whole gradients of bf16 at stage 1 are on every rank.
+        copies = dist.get_world_size() if hasattr(self._engine.optimizer, "bf16_groups") else 1
+        factor = 1.0 / (self.loss_scale * copies**0.5)
+        norms = _gradient_norms(self._engine.optimizer)
+        device = self._engine.device
+        return {names[id(parameter)]: norm.to(device, torch.float32) * factor for parameter, norm in norms}
+
     def step(self) -> Tensor:
         self._engine.step()
         self._forget_refused_gradients()
@@ -277,6 +286,29 @@ def _flats(optimizer: Any) -> list[Tensor]:
     # ZeRO-3; ZeRO-1 and 2; ZeRO-1 in bf16.
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
     return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
+
+
+def _gradient_norms(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Parameters and the norms of what this rank holds of their gradients, of which DeepSpeed takes its global norm."""
+    if hasattr(optimizer, "bf16_groups"):  # ZeRO-1 in bf16
+        held = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+    elif getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+        known = optimizer.norm_for_param_grads  # taken before the gradients went to the host
+        parameters = [parameter for group in _held_groups(optimizer) for parameter in group]
+        yield from ((one, known[optimizer.get_param_id(one)]) for one in parameters)
+        return
+    else:
+        held = ((group, optimizer.averaged_gradients[i]) for i, group in enumerate(_held_groups(optimizer)))
+    for parameters, gradients in held:
+        # After the last of them may come padding.
+        gradients = [gradient.float() for gradient in gradients[: len(parameters)]]
+        if gradients:  # of a small group some ranks hold nothing
+            yield from zip(parameters, torch._foreach_norm(gradients), strict=True)
+
+
+def _held_groups(optimizer: Any) -> list[list[nn.Parameter]]:
+    """The parameters of whose gradients this rank has a part, as stages 2 and 3, and 1 but in bf16, keep them."""
+    return optimizer.fp16_groups if hasattr(optimizer, "sub_group_to_group_id") else optimizer.params_in_partition
 
 
 def _stage12_state(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> Iterator[FlatShard]:

@@ -71,6 +71,15 @@ class Engine(Protocol):
         """Add the gradients of `loss`, which arrives fully scaled."""
         ...
 
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The 2-norm of what this rank holds of the gradient of each trained parameter, by canonical name.
+
+        To be asked for between the last backward pass of a step and `step`; scalars on the device, without the loss
+        scale. Their squares add up over the ranks to that of the whole gradient: where several ranks hold the same,
+        each says a part of it.
+        """
+        ...
+
     def step(self) -> Tensor:
         """Clip, update, zero the gradients. Returns the global 2-norm before clipping, on the device.
 

@@ -130,6 +130,11 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         (loss * self._scaler.scale if self._scaler else loss).backward()
 
+    def gradient_norms(self) -> dict[str, Tensor]:
+        norms = torch.stack(torch._foreach_norm(self._take_gradients())).to(self._device)
+        _, copies, _ = _place(self._parameters[self._trainable[0]])
+        return dict(zip(self._trainable, (norms / (self.loss_scale * copies**0.5)).unbind(), strict=True))
+
     def step(self) -> Tensor:
         gradients = self._take_gradients()
         norm = self._global_norm(gradients) / self.loss_scale

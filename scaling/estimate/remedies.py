@@ -3,7 +3,8 @@
 from scaling.errors import UserError
 from scaling.estimate.search import Candidate, Found, first_fit, largest_parts, sequences_per_rank
 from scaling.hardware import Cluster
-from scaling.spec import Spec, change_spec
+from scaling.schedule import at_length
+from scaling.spec import Spec
 from scaling.spec.sections import PPO
 from scaling.units import GiB
 
@@ -72,7 +73,7 @@ def _shorter(spec: Spec, cluster: Cluster, margin: float) -> list[str]:
     while length % 2 == 0 and length > SHORTEST and length >> 1 > answers:
         length >>= 1
         lengths.append(length)
-    specs = {length: change_spec(spec, data=spec.data.model_dump() | {"sequence_length": length}) for length in lengths}
+    specs = {length: at_length(spec, length) for length in lengths}
     specs = {length: shorter for length, shorter in specs.items() if _divides(shorter, cluster)}
     if not specs or first_fit(specs[min(specs)], cluster, margin) is None:
         return []

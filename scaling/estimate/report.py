@@ -83,6 +83,7 @@ def time_report(duration: TimeEstimate) -> dict[str, Any]:
     """Seconds of one step."""
     return {
         "step_seconds": known(duration.step_seconds),
+        "mean_step_seconds": known(duration.mean_step_seconds),
         "tokens_per_second_per_gpu": known(duration.tokens_per_second_per_gpu),
         "mfu": known(duration.mfu),
         "parts": {name: known(seconds) for name, seconds in (dict.fromkeys(PHASES, 0.0) | duration.parts).items()},

@@ -40,3 +40,6 @@ class TimeEstimate:
     parts: dict[str, float] = field(default_factory=dict)
     """Seconds: compute, communication_exposed, optimizer, offload_exposed, overhead, and of ppo sampling and scoring,
     what a step has of its rollout; they add up to `step_seconds`."""
+    mean_step_seconds: float | None = None
+    """Of all steps of a run whose sequences grow, where `step_seconds` is of those at full length. None where they do
+    not grow, or where the number of steps or what shorter ones cost is not known."""

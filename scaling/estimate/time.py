@@ -1,6 +1,8 @@
 """Seconds of one optimizer step of one rank: computation, exposed communication, update, offloading, overhead."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from scaling.estimate.compute import (
@@ -25,7 +27,8 @@ from scaling.groups import Group
 from scaling.hardware import Cluster
 from scaling.inventory import attended_length, block_finder, inventory_of, text_length
 from scaling.records import BatchPlan
-from scaling.spec.sections import PPO, Recorded, Spec, Vla, caches_features, in_chunks, packs
+from scaling.schedule import at_length, growth
+from scaling.spec.sections import PPO, Recorded, Spec, Vla, caches_features, curriculum_of, in_chunks, packs
 
 STEP_SECONDS = 2e-3
 """Host time once a step: batch, learning rates, norm, metrics. Engineering judgement."""
@@ -38,8 +41,27 @@ def estimate_time(
 ) -> TimeEstimate:
     """One step of `plan` on `cluster` with the config `rendered`, as `scaling.render` gives it for the same spec.
 
-    Raises UserError where the table of GPUs lacks a rate that it takes.
+    At full length where sequences grow. Raises UserError where the table of GPUs lacks a rate that it takes.
     """
+    found = _one_length(spec, plan, groups, rendered, cluster)
+    if curriculum_of(spec.data) is None or spec.max_steps is None or isinstance(spec.model, Recorded):
+        return found
+    total, stages = 0.0, growth(spec.data)
+    for (first, length), (end, _) in pairwise((*stages, (spec.max_steps, 0))):
+        pieces = plan.sequence_length // length  # exact, as lengths are made
+        cut = replace(
+            plan,
+            global_batch=plan.global_batch * pieces,
+            micro_batch=plan.micro_batch * pieces,
+            sequence_length=length,
+        )
+        total += (end - first) * _one_length(at_length(spec, length), cut, groups, rendered, cluster).step_seconds
+    return replace(found, mean_step_seconds=total / spec.max_steps)
+
+
+def _one_length(
+    spec: Spec, plan: BatchPlan, groups: Sequence[Group], rendered: dict[str, Any], cluster: Cluster
+) -> TimeEstimate:
     frozen = frozenset(name for group in groups if group.frozen for name in group.names)
     step = _step(spec, plan, rendered, cluster, frozen)
     added = costs(step)

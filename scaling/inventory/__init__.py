@@ -5,7 +5,7 @@ of transformers', it is in the inventory file that the section names.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
@@ -107,6 +107,12 @@ def block_finder(model: Model) -> Callable[[str], str | None]:
         return path or None
 
     return find
+
+
+def layers_of(model: Model, names: Iterable[str]) -> dict[str, str]:
+    """For each of these parameters the block that it is in, or the module where it is in none."""
+    block = block_finder(model)
+    return {name: block(name) or name.rpartition(".")[0] or name for name in names}
 
 
 def tied(model: Model) -> tuple[tuple[str, ...], ...]:

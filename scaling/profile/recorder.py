@@ -9,14 +9,15 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from scaling.profile.clock import Clock, Lap, Timings
+from scaling.profile.gradients import GradientNorms
 from scaling.profile.memory import MemoryMonitor
 from scaling.profile.nvml import DeviceMonitor
 from scaling.profile.observers import Observer
@@ -57,6 +58,8 @@ class StepResult:
     """1 where that rank's own loss was not finite; [world_size]."""
     requests: Tensor
     """How many ranks were asked to stop, and how many cannot save; [2]."""
+    gradient_norms: Tensor | None = None
+    """Of layers and groups before clipping (`GradientNorms.over_ranks`); None where nobody asks."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,12 @@ class Yardsticks:
     """Dense peak of the card, FLOP/s; None where it is not known."""
     gemm_flops: float | None = None
     """The fastest matrix product that was measured on it, FLOP/s; None where none was."""
+    by_length: Mapping[int, float | None] = field(default_factory=dict[int, float | None])
+    """FLOPs per token by the tokens in a sequence, where that grows."""
 
-    def share(self, tokens_per_second: float, of: float | None) -> float | None:
-        """What share of so many FLOP/s a device uses; None where one of the numbers is not known."""
-        if of is None or self.flops_per_token is None:
-            return None
-        return tokens_per_second * self.flops_per_token / of
+    def flops(self, length: int | None) -> float | None:
+        """FLOPs per token of sequences of this length; of None the usual one."""
+        return self.flops_per_token if length is None else self.by_length[length]
 
 
 class Recorder:
@@ -146,8 +149,13 @@ class Recorder:
         waits: Waits | NullWaits | None = None,
         device_interval_s: float = 1.0,
         observers: Sequence[Observer] = (),
+        gradient_norms: GradientNorms | None = None,
+        length: Callable[[int], int] | None = None,
     ) -> None:
-        """`process` is `scaling.engine.process.Process`, of which the rank, the device and the collectives are used."""
+        """`process` is `scaling.engine.process.Process`, of which the rank, the device and the collectives are used.
+
+        `length` says how many tokens the sequences of a step (0-based) have, where that changes.
+        """
         self.heartbeat = heartbeat or NullHeartbeat()
         self._waits = waits or NullWaits()
         self.clock = Clock(process.device, self.heartbeat, self._waits)
@@ -159,6 +167,8 @@ class Recorder:
         self._warm_from = first_step + WARM_UP
         self._last_step = last_step
         self._observers = observers
+        self._norms = gradient_norms
+        self._length_at = length
         self._memory = MemoryMonitor(process.device)
         self._monitor = DeviceMonitor(process.device, interval_s=device_interval_s)
         self._names = process.gather_objects(own_name(str(process.device)))
@@ -175,6 +185,10 @@ class Recorder:
         self._began = time.perf_counter()
         self._observed = any([observer.begin(step, self.clock) for observer in self._observers])
 
+    def norms_of(self, step: int) -> GradientNorms | None:
+        """What is to be told of the parts of the gradient of `step`; None for nothing."""
+        return self._norms if self._is_due(step) else None
+
     def step(
         self, progress: Progress, first_sample: int, result: StepResult, *, lr: dict[str, float], loss_scale: float
     ) -> list[Landed]:
@@ -188,7 +202,8 @@ class Recorder:
             self._window.timings.add(lap)
         reading = self._read() if self._is_due(progress.step) else None
         both = torch.stack((result.loss, result.grad_norm))
-        values, arrived = self._send(torch.cat((both, result.requests, result.bad_ranks)))
+        parts = both[:0] if result.gradient_norms is None else result.gradient_norms
+        values, arrived = self._send(torch.cat((both, result.requests, result.bad_ranks, parts)))
         self._flights.append(_Flight(progress, first_sample, lr, loss_scale, lap, values, arrived, reading, observed))
         wait = progress.step == self._last_step or arrived is None
         return [self._land(self._flights.popleft()) for _ in range(len(self._flights) - (0 if wait else 1))]
@@ -230,6 +245,10 @@ class Recorder:
     def _is_due(self, step: int) -> bool:
         return step % self._interval == 0 or step == self._last_step
 
+    def _length(self, step: int) -> int | None:
+        """Tokens in each sequence of `step`, the first being 1; None where they are as many in every step."""
+        return None if self._length_at is None else self._length_at(step - 1)
+
     def _send(self, values: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
         if values.device.type != "cuda":
             return values, None
@@ -259,7 +278,8 @@ class Recorder:
     def _land(self, flight: _Flight) -> Landed:
         if flight.arrived is not None:
             flight.arrived.synchronize()  # of an earlier step: the device has the next one to work on
-        loss, norm, stop, save_failed, *bad = flight.values.tolist()
+        loss, norm, stop, save_failed, *rest = flight.values.tolist()
+        bad, parts = rest[: self._plan.world_size], rest[self._plan.world_size :]
         step = flight.progress.step
         landed = Landed(
             step,
@@ -273,12 +293,12 @@ class Recorder:
             save_failed > 0,
         )
         if not flight.observed:
-            self._window.steps += 1
+            self._window.add(self._yardsticks.flops(self._length(step)))
             if flight.lap.needs_device:
                 self._window.timings.add(flight.lap)
         if flight.reading is not None or landed.refused:
             following = _Window()  # from now on: writing the record is a part of the next step
-            record = self._record(flight, landed)
+            record = self._record(flight, landed, parts)
             self._window = following
             for sink in self._sinks:
                 sink.step(record)
@@ -287,11 +307,13 @@ class Recorder:
             self._window = _Window()
         return landed
 
-    def _record(self, flight: _Flight, landed: Landed) -> StepRecord:
+    def _record(self, flight: _Flight, landed: Landed, norms: list[float]) -> StepRecord:
         window, plan, sticks = self._window, self._plan, self._yardsticks
         slowed = window.steps == 0
+        length = self._length(landed.step)
         if slowed:  # there is no other step to tell of
-            window.steps, window.pauses["profiling"] = 1, 0.0
+            window.add(sticks.flops(length))
+            window.pauses["profiling"] = 0.0
             window.timings.add(flight.lap)
         seconds = window.seconds()
         speed = plan.global_tokens / seconds
@@ -315,8 +337,8 @@ class Recorder:
             tokens_per_second=speed,
             tokens_per_second_per_device=per_device,
             samples_per_second=plan.global_batch / seconds,
-            mfu=sticks.share(per_device, sticks.peak_flops),
-            mfu_of_mamf=sticks.share(per_device, sticks.gemm_flops),
+            mfu=window.share(per_device, sticks.peak_flops),
+            mfu_of_mamf=window.share(per_device, sticks.gemm_flops),
             memory={
                 **memory,
                 "device_used_bytes": device.pop("used_bytes"),
@@ -336,6 +358,8 @@ class Recorder:
             skipped=landed.refused,
             first_sample=landed.first_sample,
             bad_ranks=landed.bad_ranks,
+            sequence_length=length,
+            gradient_norms=self._norms.told(norms) if self._norms is not None and norms else None,
         )
 
 
@@ -348,7 +372,17 @@ class _Window:
         self.pauses: dict[str, float] = dict.fromkeys(PAUSES, 0.0)
         self.joules: float | None = 0.0
         """Of this rank's GPU, pauses left out; None where it does not say."""
+        self._flops: float | None = 0.0
         self._began = time.perf_counter()
+
+    def add(self, flops_per_token: float | None) -> None:
+        """Take in a step, all of which have as many tokens."""
+        self.steps += 1
+        self._flops = None if self._flops is None or flops_per_token is None else self._flops + flops_per_token
+
+    def share(self, tokens_per_second: float, of: float | None) -> float | None:
+        """What share of so many FLOP/s a device uses; None where one of the numbers is not known."""
+        return None if of is None or self._flops is None else tokens_per_second * self._flops / self.steps / of
 
     def add_energy(self, reading: dict[str, Any]) -> None:
         """Take in what the device has used since it was last looked at."""

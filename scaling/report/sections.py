@@ -40,6 +40,8 @@ DEVICE_CHARTS = (
     ("utilization", "Utilisation", "percent", "utilization"),
     ("clock", "Clock", "megahertz", "clock_mhz"),
 )
+NORMS = 8
+"""Curves of a chart of gradient norms: as many as there are colours."""
 QUANTITIES = {
     "allocated_peak_bytes": ("Allocated at the peak", "bytes"),
     "host_rss_bytes": ("Host memory, resident", "bytes"),
@@ -141,7 +143,22 @@ def _training(grids: Grids, source: Source) -> list[Block | None]:
             levels=_level("clipped above", source.run.spec.get("max_grad_norm")),
             **more,
         ),
+        *(_norms(grids, source, kind) for kind in ("layers", "groups")),
     ]
+
+
+def _norms(grids: Grids, source: Source, kind: str) -> Block | None:
+    """The norms of the gradient by layer or by group: of many the first, the last, and some in between."""
+    known = names(source.records, "gradient_norms", kind)
+    if len(known) < 2:  # the whole, of which there is a chart
+        return None
+    last = min(len(known), NORMS) - 1
+    some = [known[number * (len(known) - 1) // last] for number in range(last + 1)]
+    curves = [Curve(name, ("gradient_norms", kind, name), number) for number, name in enumerate(some)]
+    title = f"Gradient norm by {kind.removesuffix('s')}, before clipping"
+    if len(known) > NORMS:
+        title += f" ({NORMS} of {len(known)})"
+    return lines(grids, [(source, curves)], f"grad-norm-{kind}", title, "plain", log=True, smooth=True)
 
 
 def _speed(grids: Grids, source: Source, report: dict[str, Any]) -> list[Block | None]:

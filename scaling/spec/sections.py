@@ -417,6 +417,22 @@ def in_chunks(objective: Objective) -> bool:
 # ---------------------------------------------------------------- data
 
 
+class SequenceCurriculum(Section):
+    """Short sequences first (Shortformer: Press et al., 2021): a step has the samples that it would have anyway, each
+    cut into equal pieces, none of which sees another. So tokens, samples and epochs are what they are without it, and
+    every target is learnt from; validation is at full length always.
+
+    The length is the longest that is reached by then, on a straight line from min_length to sequence_length, of those
+    that are a multiple of min_length and divide sequence_length: 64, 128, 256, 512, 1024, say. It is a function of the
+    step alone, the same on every rank.
+    """
+
+    min_length: Size
+    """Tokens in each piece at the first step; divides sequence_length."""
+    steps: Count
+    """Optimizer steps until sequences have their full length."""
+
+
 class TextData(Section):
     """Text files, tokenised once into a cached memory-mapped file and cut into windows."""
 
@@ -431,6 +447,8 @@ class TextData(Section):
     """"bytes" (vocabulary of 256; the byte 0 ends a document), or the path of a Hugging Face tokenizer.json."""
     sequence_length: Size
     """Tokens in one sample."""
+    sequence_curriculum: SequenceCurriculum | None = None
+    """Null: sequences have their full length from the first step on."""
     malformed: Literal["refuse", "skip"] = "refuse"
     """What happens to a line of a .jsonl file that has no text: the run does not start, and file and line are named; or
     it is left out, and counted in the log."""
@@ -452,6 +470,8 @@ class TokenData(Section):
     """Targets with this id (padding, say) are masked: they add nothing to the loss nor to its token count."""
     sequence_length: Size
     """Tokens in one sample."""
+    sequence_curriculum: SequenceCurriculum | None = None
+    """As of text."""
 
 
 class ChatData(Section):
@@ -603,12 +623,19 @@ class SyntheticData(Section):
     sample, so that means of means would show."""
     sequence_length: Size
     """Tokens in one sample; of a vla: in its instruction."""
+    sequence_curriculum: SequenceCurriculum | None = None
+    """As of text."""
 
 
 Data = Annotated[
     TextData | TokenData | ChatData | PreferenceData | EpisodeData | SyntheticData | FactoryData,
     Field(discriminator="kind"),
 ]
+
+
+def curriculum_of(data: "Data") -> SequenceCurriculum | None:
+    """By what the sequences of `data` grow; None where they do not."""
+    return data.sequence_curriculum if isinstance(data, TextData | TokenData | SyntheticData) else None
 
 
 # ---------------------------------------------------------------- batch, optimizer, groups, schedule
@@ -942,6 +969,9 @@ class Profile(Section):
 
     interval: Count = 10
     """Optimizer steps between two lines of metrics.jsonl; the last step is always recorded."""
+    log_gradients: bool = False
+    """At each of these lines also the norm of the gradient of each block, of each module outside of them (embeddings,
+    norm, head) and of each parameter group, before clipping."""
     trace_steps: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
     """First and last step of a trace by torch.profiler, for Perfetto or chrome://tracing; written to traces/ of the run
     folder, for each rank. Null: none."""
@@ -1100,6 +1130,7 @@ class Spec(Section):
                 f"`schedule.warmup_steps`{' + decay_steps' if decay else ''} must be at most max_steps "
                 f"({self.max_steps}), but is {needed}; shorten it or train longer"
             )
+        yield from self._curriculum()
         yield from self._model_and_data()
         yield from self._model_and_objective()
         backend = self.backend
@@ -1151,6 +1182,30 @@ class Spec(Section):
                     f"`lora.target_modules.{index}` must be a linear layer of the model's blocks, but is "
                     f"'{quoted(named[index])}'; use some of {', '.join(known)}, or \"all-linear\" in place of the list"
                 )
+
+    def _curriculum(self) -> Iterator[str]:
+        grows, longest = curriculum_of(self.data), self.data.sequence_length
+        if grows is None:
+            return
+        if isinstance(self.model, Vla):
+            yield (
+                '`data.sequence_curriculum` must be null for a model of kind "vla", whose samples cannot be cut, '
+                "but is set; drop it"
+            )
+        if longest % grows.min_length or longest == grows.min_length:
+            shorter = [length for length in _divisors(longest) if length < longest]
+            near = [length for length in shorter if length <= grows.min_length][-1:]
+            near += [length for length in shorter if length > grows.min_length][:1]
+            yield (
+                f"`data.sequence_curriculum.min_length` must divide data.sequence_length ({longest}) and be less, "
+                f"but is {grows.min_length}; "
+                + (f"use {' or '.join(map(str, near))}" if near else "lengthen data.sequence_length")
+            )
+        if self.max_steps is not None and grows.steps > self.max_steps:
+            yield (
+                f"`data.sequence_curriculum.steps` must be at most max_steps ({self.max_steps}), but is {grows.steps}; "
+                "shorten it or train longer"
+            )
 
     def _model_and_data(self) -> Iterator[str]:
         model, data = self.model, self.data

@@ -166,6 +166,7 @@ class State:
         rates = {self.names[name]: value for name, value in record.lr.items()}
         yield _per("learning_rate", "group", "Learning rate of a parameter group", rates)
         yield _counter("tokens", "Input tokens since the start of training", record.tokens)
+        yield _gauge("sequence_length", "Tokens in each sequence of the step, where they grow", record.sequence_length)
         yield _counter("samples", "Sequences since the start of training", record.samples_seen)
         yield _gauge("step_seconds", "Duration of a step, without pauses", record.step_seconds)
         yield _per("step_phase_seconds", "phase", "Duration of a step by phase", record.time)

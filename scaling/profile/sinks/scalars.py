@@ -9,6 +9,7 @@ from scaling.summarize import at
 def step_scalars(record: StepRecord) -> dict[str, float]:
     """All of a step that is a number; what is not known has no name."""
     memory = {name: value for name, value in record.memory.items() if name != "phases"}
+    norms = record.gradient_norms or {}
     groups: dict[str, dict[str, Any]] = {
         "train": {
             "loss": record.loss,
@@ -16,6 +17,7 @@ def step_scalars(record: StepRecord) -> dict[str, float]:
             "tokens": record.tokens,
             "samples": record.samples_seen,
             "skipped": int(record.skipped),
+            "sequence_length": record.sequence_length,
         },
         "speed": {
             "step_seconds": record.step_seconds,
@@ -26,6 +28,8 @@ def step_scalars(record: StepRecord) -> dict[str, float]:
             "mfu_of_mamf": record.mfu_of_mamf,
         },
         "lr": record.lr,
+        "gradient_norm_by_layer": norms.get("layers") or {},
+        "gradient_norm_by_group": norms.get("groups") or {},
         "time": record.time,
         "pause": record.pauses,
         "memory": memory,

@@ -48,6 +48,7 @@ def step_line(record: StepRecord, last_step: int) -> str:
         f"loss {record.loss:.4f}",
         f"lr {lr}",
         f"grad norm {record.grad_norm:.3f}",
+        *([f"length {record.sequence_length}"] if record.sequence_length is not None else []),
         f"{format_count(record.tokens_per_second)} tokens/s",
         *([f"MFU {record.mfu:.1%}"] if record.mfu is not None else []),
         *([format_bytes(memory)] if memory is not None else []),

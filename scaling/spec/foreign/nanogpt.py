@@ -126,6 +126,7 @@ def put_rest(draft: Draft) -> None:
                 "checkpoint.interval", draft.values["validation"]["interval"], "train.py saves as it validates"
             )
     draft.move("profile.interval", draft.whole("log_interval"))
+    draft.move("profile.log_gradients", draft.flag("log_gradients"))
     if draft.flag("wandb_log"):
         draft.put("tracking.wandb", {"project": project} if (project := draft.text("wandb_project")) else {})
     elif draft.get("wandb_project") is not None and draft.get("wandb_log") is None:

@@ -37,6 +37,7 @@ NANOGPT = Origin(
         "always_save_checkpoint": "checkpoint.best",
         "save_interval": "checkpoint.interval",
         "log_interval": "profile.interval",
+        "log_gradients": "profile.log_gradients",
         "wandb_log": "tracking.wandb",
         "wandb_project": "tracking.wandb.project",
         "wandb_run_name": "name",
