@@ -157,7 +157,7 @@ class MemoryModel:
         }
         if not self._cuda:
             parts = dict(sorted(parts.items()))
-            return MemoryEstimate(*[allocated] * 5, phase, parts, phases, **saving)
+            return MemoryEstimate(allocated, allocated, allocated, allocated, allocated, phase, parts, phases, **saving)
         workspace = MATMUL_WORKSPACE_BYTES // (1 if _is_wide(self._gpu) else 4)
         parts["workspace"] = parts.get("workspace", 0) + workspace
         allocated += workspace
