@@ -303,7 +303,8 @@ def _gradient_norms(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
         # After the last of them may come padding.
         gradients = [gradient.float() for gradient in gradients[: len(parameters)]]
         if gradients:  # of a small group some ranks hold nothing
-            yield from zip(parameters, torch._foreach_norm(gradients), strict=True)
+            norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+            yield from zip(parameters, norms, strict=True)
 
 
 def _held_groups(optimizer: Any) -> list[list[nn.Parameter]]:

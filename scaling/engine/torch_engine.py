@@ -131,7 +131,8 @@ class TorchEngine:
         (loss * self._scaler.scale if self._scaler else loss).backward()
 
     def gradient_norms(self) -> dict[str, Tensor]:
-        norms = torch.stack(torch._foreach_norm(self._take_gradients())).to(self._device)
+        norms = torch._foreach_norm(self._take_gradients())  # pyright: ignore[reportPrivateImportUsage] - as torch itself
+        norms = torch.stack(norms).to(self._device)
         _, copies, _ = _place(self._parameters[self._trainable[0]])
         return dict(zip(self._trainable, (norms / (self.loss_scale * copies**0.5)).unbind(), strict=True))
 
