@@ -87,7 +87,7 @@ def _digest_of_weights(names: Collection[str], engine: Engine, process: Process)
         process.sum_over_ranks(whole)
         if process.is_main:
             digest.update(f"{shard.name} {shard.elements}\n".encode())
-            digest.update(whole.cpu().numpy())
+            digest.update(whole.cpu().numpy().data)
     return process.gather_objects(digest.hexdigest())[0]
 
 
@@ -174,8 +174,8 @@ class _Store:
                 for row in _asked(engine, process, heartbeat, source.images, self._width, at_a_time):
                     if file is not None:
                         with self._told():
-                            file.write(row)
-                        checksums.append(zlib.crc32(row))
+                            file.write(row.data)
+                        checksums.append(zlib.crc32(row.data))
                     advance(len(row))
             if file is not None:
                 with self._told():

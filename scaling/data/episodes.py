@@ -317,7 +317,7 @@ def _images(
             for views_now in zip(*streams, strict=True):
                 counts.documents += 1
                 views_seen = np.stack(views_now).reshape(-1)
-                digest.update(views_seen)
+                digest.update(views_seen.data)
                 yield views_seen
                 advance(pixels // max(1, count))
                 row += 1
