@@ -121,7 +121,7 @@ def rows(request, tmp_path_factory):
     return list(compare(list(draw(len(CHECKED), 11, list(CHECKED), tmp_path_factory.mktemp("drawn"), request.param))))
 
 
-LONG = {name for name, (_, world_size, *_) in FOUND.items() if world_size > 4}
+LONG = {name for name, (_, world_size, *_) in FOUND.items() if world_size > 4 or "replicate fp32" in name}
 
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.long) if one in LONG else one for one in FOUND])

@@ -53,7 +53,7 @@ class Single:
     def build(self) -> None:
         """Parameters, and Adam's state of those that train."""
         for parameter in self.parameters:
-            self.values[parameter.name] = self.place(parameter)
+            self.values[parameter.name] = self.resident(parameter)
         self.fill()
         held = self.ops.held
         for value in self.values.values():
@@ -61,7 +61,7 @@ class Single:
                 sizes = (value.elements, value.elements, 1)
                 self._state += [held(size, FLOAT, "optimizer", on_host=self.offloads) for size in sizes]
 
-    def place(self, parameter: Parameter) -> Value:
+    def resident(self, parameter: Parameter) -> Value:
         """A parameter as this rank has it throughout."""
         count = self.held(parameter)
         storage = self.ops.held(count, FLOAT, "parameters", on_host=self.offloads)
@@ -255,9 +255,9 @@ class FSDP(Single):
     def _is_whole(self, name: str) -> bool:
         return self._keeps_frozen and name not in self.leaves
 
-    def place(self, parameter: Parameter) -> Value:
+    def resident(self, parameter: Parameter) -> Value:
         if not self._is_whole(parameter.name):
-            return super().place(parameter)
+            return super().resident(parameter)
         value, masters = whole_frozen(self.ops, parameter.elements, self._world_size)
         self._masters += masters
         return value
