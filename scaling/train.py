@@ -36,7 +36,7 @@ from scaling.run_folder import OOM, LogFormatter, RunLock, environment, log_to, 
 from scaling.schedule import at_length, growth
 from scaling.spec import Spec, load_spec, parse_spec, read_document
 from scaling.spec.document import assign, document_of
-from scaling.spec.sections import PPO, FactoryModel, Recorded, curriculum_of
+from scaling.spec.sections import FactoryModel, Recorded, curriculum_of
 from scaling.units import format_bytes, format_seconds
 from scaling.view import as_text, batch_line, groups_table
 from scaling.watch.exhausted import Exhausted, is_exhausted, message_of
