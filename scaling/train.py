@@ -26,7 +26,7 @@ from scaling.errors import (
     run_command,
 )
 from scaling.groups import empty_groups
-from scaling.imports import GIVEN, add_allow_import, check_allowed, give
+from scaling.imports import GIVEN, add_allow_import, give
 from scaling.inventory import inventory_of, sequences
 from scaling.profile.sinks import check_tracking
 from scaling.redact import redacted
@@ -35,7 +35,7 @@ from scaling.run import run as run_job
 from scaling.run_folder import OOM, LogFormatter, RunLock, environment, log_to, open_run_folder, write_exit, write_json
 from scaling.spec import Spec, load_spec, parse_spec, read_document
 from scaling.spec.document import assign, document_of
-from scaling.spec.sections import PPO, FactoryModel, Recorded
+from scaling.spec.sections import PPO, Recorded
 from scaling.units import format_bytes, format_seconds
 from scaling.view import as_text, batch_line, groups_table
 from scaling.watch.exhausted import Exhausted, is_exhausted, message_of
@@ -108,7 +108,10 @@ def _launch(arguments: Sequence[str] | None, load: Callable[[Namespace], Spec]) 
     try:
         options = _parser().parse_args(arguments)
         spec, world_size = load(options), _announced("WORLD_SIZE", 1)
-        _look_at(spec, options.allow_import)
+        if isinstance(spec.model, Recorded) and spec.model.inventory is None:
+            from scaling.models.recorded import look_at
+
+            look_at(spec.model, options.allow_import)
         job = resolve(_with_numbers(spec, world_size), world_size, options.allow_import)
         check_tracking(spec)
     except UserError as error:
@@ -116,18 +119,6 @@ def _launch(arguments: Sequence[str] | None, load: Callable[[Namespace], Spec]) 
             print(error, file=sys.stderr)
         return error.code
     return _train(job, options, spec)
-
-
-def _look_at(spec: Spec, allow_import: Sequence[str]) -> None:
-    """Find out what a module is made of that no inventory file describes."""
-    model = spec.model
-    if not isinstance(model, Recorded) or model.inventory is not None:
-        return
-    if isinstance(model, FactoryModel):
-        check_allowed(model.target, allow_import, "model.target")
-    from scaling.models.recorded import take_inventory
-
-    take_inventory(model, allow_import)
 
 
 def _with_numbers(spec: Spec, world_size: int) -> Spec:
