@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from scaling.data.build import build_datasets
 from scaling.data.order import sample_indices
+from scaling.data.prompts import open_prompt_data
 from scaling.errors import UserError
 from scaling.export import export
 from scaling.models.build import model_recipe
 from scaling.models.recipe import canonical_name
 from scaling.models.recorded import look_at
 from scaling.spec import Spec, load_spec
-from scaling.spec.sections import Lora
+from scaling.spec.sections import ChatData, Lora
 from scaling.train import main
 
 __all__ = ["process"]  # a fixture
@@ -373,12 +374,11 @@ SAID = (["Hi?", "ho ho"], ["a", "yes", "b", " yes\n no "], ["x", "ho"])
 def test_the_folders_template_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     tokenizer_in(tmp_path / "tok")
     both = [build_datasets(chat_spec(tmp_path, *SAID, template=name))[0] for name in ("chatml", "tokenizer")]
-    (one, other), rows = (dataset.read(np.arange(3)) for dataset in both), len(SAID)
+    one, other = (dataset.read(np.arange(3)) for dataset in both)
     assert torch.equal(one.targets, other.targets) and (one.targets >= 0).any(dim=1).all()
-    for row in range(rows):  # but for the line break at the end
-        assert torch.equal(
-            one.inputs[row][: len(one.inputs[row].nonzero())], other.inputs[row][: len(one.inputs[row].nonzero())]
-        )
+    for row, targets in enumerate(one.targets >= 0):  # but for the line break at the end
+        length = int(targets.nonzero()[-1]) + 1
+        assert torch.equal(one.inputs[row, :length], other.inputs[row, :length])
 
 
 def test_words_that_a_template_marks_are_the_targets(tmp_path: Path) -> None:
@@ -395,15 +395,10 @@ def test_words_that_a_template_marks_are_the_targets(tmp_path: Path) -> None:
 
 
 def test_templates_that_do_not_tell_are_refused(tmp_path: Path) -> None:
-    for template, message in (
-        (FORGETFUL, "writes what was said otherwise once more is said"),
-        (None, "has none; set it"),
-    ):
+    cases = ((None, "has none; set it"), (FORGETFUL, "writes what was said otherwise once more is said"))
+    for template, message in cases:
         tokenizer_in(tmp_path / "tok", template)
-        (tmp_path / "tok" / "chat_template.jinja").unlink(missing_ok=template is None)
-        if template is not None:
-            tokenizer_in(tmp_path / "tok", template)
-        with pytest.raises(UserError, match="`data.template` must be") as raised:
+        with pytest.raises(UserError, match=r"`data\.template` must be") as raised:
             build_datasets(chat_spec(tmp_path, *SAID, template="tokenizer"))
         assert message in str(raised.value) and "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="`template` must be"):
@@ -420,6 +415,16 @@ def test_a_conversation_that_the_template_does_not_take_is_named_or_left_out(tmp
         build_datasets(spec)
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"malformed": "skip"})})
     assert len(build_datasets(spec)[0]) == 3
+
+
+def test_prompts_end_where_the_assistant_begins(tmp_path: Path) -> None:
+    theirs = tokenizer_in(tmp_path / "tok")
+    data = chat_spec(tmp_path, *SAID, template="tokenizer").data
+    assert isinstance(data, ChatData)
+    prompts = open_prompt_data(data, 512, 16)[0]
+    assert prompts.stop.tolist() == [theirs.eos_token_id]
+    asked = theirs.apply_chat_template([{"role": "user", "content": "Hi?"}], add_generation_prompt=True)
+    assert prompts.prompt(0).tolist() == asked["input_ids"] and prompts.expected(0) == "ho ho"
 
 
 # ---------------------------------------------------------------- tables
@@ -451,9 +456,9 @@ def test_tables_are_read_as_lines_are(tmp_path: Path, kind: str) -> None:
     table.save_to_disk(tmp_path / "saved", num_shards=2)
     found = []
     for name in ("a.jsonl", "a.parquet", "saved", "saved/*.arrow"):
-        data = {"kind": kind, "train": [str(tmp_path / name)], "validation": 0, "sequence_length": 32}
+        data = {"kind": kind, "train": [str(tmp_path / name)], "validation": 0, "sequence_length": 48}
         data |= {"cache": str(tmp_path / "cache")} | ({"template": "instruction"} if kind != "text" else {})
-        model = {"kind": "decoder", **SMALL, "vocab_size": 256, "max_position_embeddings": 32}
+        model = {"kind": "decoder", **SMALL, "vocab_size": 256, "max_position_embeddings": 48}
         spec = Spec.model_validate(SPEC | {"model": model, "data": data, "objective": {"kind": objective}})
         dataset = build_datasets(spec)[0]
         found.append(dataset.read(np.arange(len(dataset))))

@@ -75,6 +75,10 @@ class FolderTemplate:
         speaks = [index for index, message in enumerate(said.messages) if message.role == "assistant"]
         try:
             text, spans = self._marked(messages) if self._marks else self._compared(messages, speaks)
+        except ImportError as error:  # transformers wants a certain version of jinja2
+            raise UserError(
+                f'`data.template` must be "chatml" or "instruction" here, but is "tokenizer": {error}'
+            ) from error
         except TemplateError as error:
             raise Malformed(f"the line must be a conversation as the chat template wants it, but: {error}") from error
         if len(spans) != len(speaks):
@@ -104,7 +108,9 @@ class FolderTemplate:
         for index in speaks:
             before = self._render(messages[:index], add_generation_prompt=True)[0]
             after = self._render(messages[: index + 1])[0]
-            if not (whole.startswith(before) and whole.startswith(after)):
+            if not whole.startswith(before):
+                raise self._refusal("begins a response otherwise than its generation prompt does")
+            if not whole.startswith(after):
                 raise self._refusal("writes what was said otherwise once more is said")
             # A line break after what ends the response is the template's.
             spans.append((len(before), max(len(before), len(after.rstrip()))))
