@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from processes import python, torchrun
+from processes import ENVIRONMENT, python, torchrun
 from test_export import process, write_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -272,7 +272,7 @@ def test_from_a_folder_to_a_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(joined, after, rtol=0, atol=1e-5 * after.abs().max().item())
 
 
-def test_the_folders_own_code_is_refused_unless_allowed(tmp_path: Path, capsys) -> None:
+def test_the_folders_own_code_is_refused_unless_allowed(tmp_path: Path, capsys, monkeypatch) -> None:
     folder = tmp_path / "hf"
     folder.mkdir()
     places = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
@@ -285,6 +285,7 @@ def test_the_folders_own_code_is_refused_unless_allowed(tmp_path: Path, capsys) 
     told = capsys.readouterr().err
     assert "brings its own along (auto_map" in told and told.count("\n") == 1 and "own code ran" not in told
     flags = ("--allow-import", "transformers_modules")
+    monkeypatch.setitem(ENVIRONMENT, "HF_MODULES_CACHE", str(tmp_path / "code"))
     done = python("launch/train.py", "--spec", str(path), "--run-dir", str(tmp_path / "run"), *flags)
     assert done.returncode == 0 and "own code ran" in done.stdout, done.stdout + done.stderr
 

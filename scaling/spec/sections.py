@@ -247,12 +247,14 @@ class FactoryModel(Section):
 
 
 class HuggingFace(Section):
-    """A causal language model by the transformers library, of any of its architectures whose code it has itself. It
-    starts from the safetensors in its folder, or where there are none from transformers' initial values."""
+    """A causal language model by the transformers library, of any of its architectures whose code it has itself; code
+    in the folder wants --allow-import transformers_modules. It starts from the safetensors in its folder, or where none
+    are from transformers' initial values."""
 
     kind: Literal["huggingface"]
     path: Text
-    """Folder with its config.json; relative to the working folder."""
+    """Folder with its config.json, relative to the working folder; or the name of a model of the hub, as far as `hf
+    download` has fetched it: nothing is fetched here."""
     inventory: Text | None = None
     """As of a factory."""
 
