@@ -226,8 +226,9 @@ def open_conversations(
                 said = _each(lines, data, said_in, counts, advance)
                 yield from _in_parts(said, counts, lambda some: _tokenised(some, data.template, tokenizer))
             else:
-                rendered = _each(lines, data, lambda value: map(own.rendered, said_in(value)), counts, advance)
-                yield from _in_parts(rendered, counts, lambda some: starmap(_marked, own.tokens(some)))
+                render, tokens = own.rendered, own.tokens
+                rendered = _each(lines, data, lambda value: map(render, said_in(value)), counts, advance)
+                yield from _in_parts(rendered, counts, lambda some: starmap(_marked, tokens(some)))
 
     entry = cached_tokens(Path(data.cache), key, np.dtype("<u4"), write)
     tell_left_out(entry.counts.left_out, field)

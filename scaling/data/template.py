@@ -117,10 +117,11 @@ class FolderTemplate:
         return whole, spans
 
     def _render(self, messages: list[dict[str, str]], **settings: bool) -> tuple[str, Any]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        render: Any = chat_template_utils.render_jinja_template  # what `apply_chat_template` calls
         known: dict[str, Any] = {**self._tokenizer.special_tokens_map, **settings}
-        texts, spans = render_jinja_template(conversations=[messages], chat_template=self._template, **known)
+        texts, spans = render(conversations=[messages], chat_template=self._template, **known)
         return texts[0], spans[0] if spans else None
 
     @cached_property
