@@ -1,11 +1,12 @@
 """Weights out of a checkpoint: safetensors, in Hugging Face's layout where one of its models computes the same.
 
     python -m scaling.export RUN_DIR_OR_CHECKPOINT --to DIR [--which latest|best|STEP] [--dtype fp32|bf16]
-                             [--merge | --base | --adapters]
+                             [--merge | --base | --adapters] [--allow-import PACKAGE]
 
 One process, no GPU, one tensor in memory at a time. DIR then loads with transformers'
 `AutoModelForCausalLM.from_pretrained(DIR)`, and `initialize_from` takes it too. A decoder that is no GPT-2, Llama,
-Qwen2 or Qwen3 keeps its own names; `initialize_from` takes those as well.
+Qwen2 or Qwen3 keeps its own names; `initialize_from` takes those as well. A model of transformers (`model.kind`
+"huggingface") goes back to what it came from: its config.json and its tokenizer's files come along.
 
 Of a run with `lora` the weights are those with the adapters merged into them (--merge, the default), those without
 (--base), or the adapters alone (--adapters), which `peft.PeftModel.from_pretrained(base, DIR)` loads.
@@ -29,8 +30,9 @@ from scaling.checkpoint.huggingface import CONFIG, OWN_CONFIG, Stored, family, l
 from scaling.checkpoint.store import free_bytes, sync_folder, write_synced
 from scaling.data.progress import progress_in_bytes
 from scaling.errors import CheckpointError, CommandLine, StorageError, positive, run_command
+from scaling.imports import add_allow_import
 from scaling.inventory import parameters
-from scaling.spec.sections import Decoder, Model
+from scaling.spec.sections import Decoder, HuggingFace, Model, Recorded
 from scaling.units import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong command line is refused before
@@ -73,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"`RUN_DIR_OR_CHECKPOINT` must be a run folder or a checkpoint of this project, but {source} is none; "
             "look for folders named step-*"
         )
-    found = export(source, to, dtype=options.dtype, shard_bytes=options.shard_size_mb * 10**6, part=options.part)
+    shard_bytes, allow_import = options.shard_size_mb * 10**6, tuple(options.allow_import)
+    found = export(
+        source, to, dtype=options.dtype, shard_bytes=shard_bytes, part=options.part, allow_import=allow_import
+    )
     layout = f"Hugging Face's {found.family} layout" if found.family else "our own names (no Hugging Face model fits)"
     count = f"{found.tensors} tensors, {format_bytes(found.bytes)} in {options.dtype}, {found.files} file(s)"
     print(f"{source} -> {to}: {layout}; {count}")
@@ -83,11 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(
-    checkpoint: Path, to: Path, *, dtype: str = "fp32", shard_bytes: int = SHARD_BYTES, part: Part = "merged"
+    checkpoint: Path,
+    to: Path,
+    *,
+    dtype: str = "fp32",
+    shard_bytes: int = SHARD_BYTES,
+    part: Part = "merged",
+    allow_import: Sequence[str] = (),
 ) -> Exported:
     """Write the weights of a checkpoint, verified before, into the folder `to`, which must be empty or absent.
 
-    `part`: of weights with adapters, which.
+    `part`: of weights with adapters, which. `allow_import`: packages that a module's own code may come from.
     What makes the folder loadable is written last; after an error, or a kill, it holds nothing that could be taken for
     a model. Raises CheckpointError for the checkpoint and StorageError for the folder.
     """
@@ -95,6 +106,10 @@ def export(
 
     to = _destination(to)
     with closing(CheckpointWeights(checkpoint)) as weights:
+        if isinstance(weights.model, Recorded):
+            from scaling.models.recorded import look_at
+
+            look_at(weights.model, allow_import)
         _check_complete(weights, checkpoint)
         if weights.lora is None and part != "merged":
             raise CheckpointError(f"`--{part}` must be absent for a run without `lora`, but is given; drop it")
@@ -148,6 +163,8 @@ def _write_all(weights: "CheckpointWeights", folder: Path, dtype: str, shard_byt
     if weights.lora is not None:
         source = MergedWeights(weights, weights.lora) if merged else BaseWeights(weights)
     files = _write_tensors(source, stored, folder, dtype, shard_bytes)
+    if isinstance(model, HuggingFace):
+        return Exported(model_type, len(stored), total, files, _copy_from(model, weights.spec, folder, dtype))
     end_of_text, notes = _copy_tokenizer(weights.spec, folder)
     if model_type is None or not isinstance(model, Decoder):
         document = {"format_version": 1, "model": model.model_dump(mode="json")}
@@ -170,7 +187,7 @@ def _write_adapters(weights: "CheckpointWeights", folder: Path, dtype: str) -> E
 
 def _layout(model: Model) -> tuple[str | None, tuple[Stored, ...]]:
     """The `model_type` of the Hugging Face model that computes the same, if there is one, and its tensors."""
-    model_type = family(model)
+    model_type = _config_of(model)["model_type"] if isinstance(model, HuggingFace) else family(model)
     stored = layout(model, "own" if model_type is None else "gpt2" if model_type == "gpt2" else "llama")
     assert stored is not None, "the family has a word for every part"
     return model_type, stored
@@ -246,6 +263,48 @@ def _transposed(weights: "WeightSource", tensor: Stored, dtype: Any) -> "Tensor"
 
 # ---------------------------------------------------------------- what lies beside the weights
 
+_BESIDE = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "LICENSE", "NOTICE"),
+)
+"""Files of a model's folder that go with it, by transformers' names; nothing else of what may lie there."""
+
+
+def _config_of(model: HuggingFace) -> dict[str, Any]:
+    """The config.json of the folder. CheckpointError where it is gone."""
+    from scaling.models.initial import folder_of
+
+    path = folder_of(model) / CONFIG
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text("utf-8"))
+        if isinstance(found, dict) and isinstance(found.get("model_type"), str):
+            return found
+    raise CheckpointError(
+        f"`model.path` of the run must be a folder with the model's {CONFIG}, but {path} cannot be read as one; start "
+        "from the folder that it is relative to, or put the file back"
+    )
+
+
+def _copy_from(model: HuggingFace, spec: Mapping[str, Any], folder: Path, dtype: str) -> tuple[str, ...]:
+    """Copy what describes the model and its tokenizer; returns what a user may miss."""
+    from scaling.models.initial import folder_of
+
+    config, source = _config_of(model), folder_of(model)
+    _write_json(folder / CONFIG, {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype})
+    for name in _BESIDE:
+        path = source / name
+        if path.is_file() and path.stat().st_size <= _TOKENIZER_BYTES:
+            shutil.copyfile(path, folder / name)
+    notes: tuple[str, ...] = ()
+    data = spec.get("data")
+    named = data.get("tokenizer") if isinstance(data, dict) else None
+    if isinstance(named, str) and source.resolve() not in (Path(named).resolve(), Path(named).parent.resolve()):
+        notes = (f"the tokenizer is that of {model.path}; the run's data were read with {named}",)
+    if "auto_map" in config:
+        notes += (f"the model's own code is not copied: put the .py files of {model.path} beside the weights",)
+    return notes
+
 
 def _copy_tokenizer(spec: Mapping[str, Any], folder: Path) -> tuple[int | None, tuple[str, ...]]:
     """Copy the run's tokenizer.json; returns the id of its end-of-text token, and why there is none, if so."""
@@ -314,6 +373,7 @@ def _parser() -> CommandLine:
         "--which", metavar="CHECKPOINT", help="of a run folder: latest (default; the newest whole one), best, or a step"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32, as trained)")
+    add_allow_import(parser)
     parser.add_argument(
         "--shard-size-mb", type=positive, default=SHARD_BYTES // 10**6, metavar="MB", help="largest file (default 5000)"
     )

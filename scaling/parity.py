@@ -25,6 +25,7 @@ from scaling.inventory import dropout
 from scaling.rehearse import forks
 from scaling.run_folder import strict
 from scaling.spec import Spec, load_spec
+from scaling.spec.sections import HuggingFace
 from scaling.view import parity_table, print_table
 
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -99,6 +100,7 @@ def measure(spec: Spec, combinations: Sequence[tuple[str, int]], steps: int) -> 
     """Train `spec` for `steps` steps in each combination of backend and world size, in real processes."""
     curves: list[Curve] = []
     preload = ["peft"] if spec.lora is not None else []
+    preload += ["transformers.models.auto.modeling_auto"] if isinstance(spec.model, HuggingFace) else []
     preload += ["deepspeed"] if any(name.startswith("zero") for name, _ in combinations) else []
     with tempfile.TemporaryDirectory(prefix="scaling-parity-") as folder:
         spec_file = Path(folder) / "spec.json"
@@ -219,6 +221,7 @@ def _rank(
 def _work(spec_file: Path, out: Path, names: Sequence[str], steps: int) -> None:
     """Train each backend from the start, rank 0 noting the curves."""
     from scaling.engine.process import process_from_environment
+    from scaling.models.recorded import look_at
     from scaling.profile.sinks import Memory
     from scaling.run import resolve, run
 
@@ -227,6 +230,7 @@ def _work(spec_file: Path, out: Path, names: Sequence[str], steps: int) -> None:
             memory, error = Memory(), None
             try:
                 spec = load_spec(str(spec_file), _assignments(name, process.world_size))
+                look_at(spec.model, ())
                 run(resolve(spec, process.world_size), process, [memory], stop_after=steps)
             except Exception as problem:
                 error = f"{type(problem).__name__}: {problem}"[:600]

@@ -24,7 +24,7 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -41,11 +41,12 @@ from scaling.engine.precision import DTYPES, compute_in
 from scaling.errors import UserError
 from scaling.estimate.work import DIRECTIONS
 from scaling.groups import resolve_groups
-from scaling.inventory.recorded import SCHEMA_VERSION, Parameter, fingerprint
-from scaling.models.recipe import ModelRecipe, canonical_name
-from scaling.models.recorded import build, find_blocks, parameters_of, recorded_recipe
+from scaling.inventory import parameters, sequences
+from scaling.inventory.recorded import SCHEMA_VERSION, fingerprint, keep_inventory
+from scaling.models.recipe import ModelRecipe, canonical_name, module_path
+from scaling.models.recorded import build, find_blocks, inventory_found, parameters_of, recorded_recipe
 from scaling.objectives import Objective, build_objective
-from scaling.rehearse import made_up_tokens, no_gc
+from scaling.rehearse import made_up_text, made_up_tokens, no_gc
 from scaling.run_folder import versions
 from scaling.spec import Spec
 from scaling.spec.sections import Recorded
@@ -177,7 +178,7 @@ class Recorder(TorchDispatchMode):
         """Note modules that are entered and left, and gradients that are there."""
         handles: list[Any] = []
         for path, module in self._module.named_modules():
-            path = canonical_name(path)
+            path = module_path(path)
             handles.append(module.register_forward_pre_hook(functools.partial(self._enter, path), with_kwargs=True))
             handles.append(module.register_forward_hook(functools.partial(self._leave, path)))
         for name, parameter in self._module.named_parameters():
@@ -318,7 +319,7 @@ def _writes(func: Any) -> bool:
 MODES = ("none", "selective", "full")
 KERNELS = ("gpu", "cpu")
 COUNTS = (2, 3)
-"""Sequences of the two recordings of which each size is worked out."""
+"""Samples of the two recordings of which each size is worked out."""
 
 
 @dataclass(frozen=True)
@@ -341,14 +342,15 @@ def record(
     sequences as for three.
     """
     fewer, more = (_passes(job, kernels, mode, count, zero3_linear) for count in COUNTS)
+    counts = [count * sequences(job.spec) for count in COUNTS]
     try:
-        events = [_merged(a, b) for a, b in zip(fewer[0], more[0], strict=True)]
+        events = [_merged(a, b, counts) for a, b in zip(fewer[0], more[0], strict=True)]
         work: dict[str | None, dict[str, Counter[Any]]] = {}
         for one, other in zip(fewer[1], more[1], strict=True):
             if one[:4] != other[:4]:
                 raise ValueError(f"{one} and {other}")
             block, way, kind, fixed, few = one
-            sizes = tuple(tuple(_line(*pair)) for pair in zip(few, other[4], strict=True))
+            sizes = tuple(tuple(_line(*pair, counts)) for pair in zip(few, other[4], strict=True))
             work.setdefault(block, {way: Counter() for way in DIRECTIONS})[way][kind, fixed, sizes] += 1
     except ValueError as error:
         raise UserError(
@@ -393,16 +395,18 @@ def _direction(counted: Counter[Any]) -> dict[str, Any]:
     }
 
 
-def _merged(fewer: Event, more: Event) -> Event:
+def _merged(fewer: Event, more: Event, counts: Sequence[int]) -> Event:
     sized = fewer[0] in ("+", "l")
     if len(fewer) != len(more) or (fewer[:2] if sized else fewer) != (more[:2] if sized else more):
         raise ValueError(f"{fewer} and {more}")
-    return [*fewer[:2], *_line(fewer[2], more[2])] if sized else fewer
+    return [*fewer[:2], *_line(fewer[2], more[2], counts)] if sized else fewer
 
 
-def _line(fewer: int, more: int) -> list[int]:
-    slope = (more - fewer) // (COUNTS[1] - COUNTS[0])
-    return [fewer - COUNTS[0] * slope, slope]
+def _line(fewer: int, more: int, counts: Sequence[int]) -> list[int]:
+    """[in any case, for each sequence], of the sizes for so many; what there is one of for a pair of sequences may be
+    off by a byte."""
+    slope = (more - fewer) // (counts[1] - counts[0])
+    return [fewer - counts[0] * slope, slope]
 
 
 def _passes(
@@ -419,8 +423,8 @@ def _passes(
             compute_in(module, dtype)
         prepare_blocks(module, recipe.blocks, checkpointing=mode, compiled=False)
         module.train()
-        batch = made_up_tokens(job.words, count, spec.data.sequence_length)
-        recorder = Recorder(module, recipe.blocks, batch)
+        batch = made_up_text(spec, job.words, count)
+        recorder = Recorder(module, recipe.blocks, list(vars(batch).values()))
         functions: dict[str, Any] = dict(_GPU_KERNELS) if kernels == "gpu" else {}
         functions |= {"linear": _KeepingLinear.apply} if zero3_linear else {}
         with contextlib.ExitStack() as stack:
@@ -531,8 +535,7 @@ def write_inventory(spec: Spec, allow_import: Sequence[str], tell: Callable[[str
     tell("building the model")
     with fake_tensors():
         module = build(model, allow_import)
-        listed, blocks = parameters_of(module), find_blocks(module)
-        buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+        listed, found = parameters_of(module), inventory_found(model, module, find_blocks(module))
         compute_in(module, DTYPES[spec.precision])
         output = module(made_up_tokens(2, 2, spec.data.sequence_length).inputs)
         logits = getattr(output, "logits", output)
@@ -541,13 +544,14 @@ def write_inventory(spec: Spec, allow_import: Sequence[str], tell: Callable[[str
                 "`model` must return logits, [batch, sequence, vocabulary], for token ids, but returns a "
                 f"{type(output).__name__}; correct its module"
             )
-        words = logits.shape[-1]
-    groups = resolve_groups(
-        spec.param_groups, spec.optimizer, [Parameter(one["name"], tuple(one["shape"])) for one in listed]
-    )
+        found = replace(found, vocab_size=logits.shape[-1])
+    bare = model.model_copy(update={"inventory": None})
+    keep_inventory(bare, found)  # for who asks for the adapters, before there is a file
+    groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(bare, spec.lora))
     frozen = {name for group in groups if group.frozen for name in group.names}
     objective = build_objective(spec.objective, allow_import, from_logits=True)
-    job = Recording(spec, recorded_recipe(model, blocks, spec.seed, allow_import), frozen, objective, words)
+    recipe = recorded_recipe(bare, found.blocks, spec.seed, allow_import, lora=spec.lora)
+    job = Recording(spec, recipe, frozen, objective, logits.shape[-1])
     events: dict[str, dict[str, list[Event]]] = {kernels: {} for kernels in KERNELS}
     work: dict[str, list[dict[str, Any]]] = {}
     for kernels in KERNELS:
@@ -563,13 +567,15 @@ def write_inventory(spec: Spec, allow_import: Sequence[str], tell: Callable[[str
         "schema_version": SCHEMA_VERSION,
         "model": fingerprint(model),
         "parameters": listed,
-        "blocks": blocks,
-        "buffer_bytes": buffers,
-        "vocab_size": words,
+        "blocks": found.blocks,
+        "buffer_bytes": found.buffer_bytes,
+        "vocab_size": found.vocab_size,
+        "linears": found.linears,
         "ledger": {
             "sequence_length": spec.data.sequence_length,
             "precision": spec.precision,
             "objective": spec.objective.model_dump(mode="json"),
+            "lora": spec.lora.model_dump(mode="json") if spec.lora else None,
             "frozen": sorted(frozen),
             "versions": versions(),
             "events": events,

@@ -30,12 +30,14 @@ def with_reference(
     heartbeat: Heartbeat,
     *,
     micro_batch: int,
+    from_logits: bool,
     folder: Path | None,
     begins: bool,
 ) -> PreferenceDataset:
     """`dataset` with the reference's log-probabilities, which are asked of `engine` where it `begins`.
 
     They are in FOLDER/reference-PART.npy, fp32 [samples, 2]; without a folder they are not kept. A collective call.
+    `from_logits`: the module returns logits (scaling/objectives/preference.py).
     CheckpointError where a run that goes on has no such file, or one of other data.
     """
     path = None if folder is None else folder / f"reference-{part}.npy"
@@ -46,14 +48,19 @@ def with_reference(
         except CheckpointError as error:
             error.shared = True  # every rank reads the same file
             raise
-    found = _ask(dataset, engine, process, heartbeat, micro_batch)
+    found = _ask(dataset, engine, process, heartbeat, micro_batch, from_logits)
     if path is not None:
         process.on_main(lambda: _write(path, found))
     return dataset.with_reference(found)
 
 
 def _ask(
-    dataset: PreferenceDataset, engine: Engine, process: Process, heartbeat: Heartbeat, micro_batch: int
+    dataset: PreferenceDataset,
+    engine: Engine,
+    process: Process,
+    heartbeat: Heartbeat,
+    micro_batch: int,
+    from_logits: bool,
 ) -> torch.Tensor:
     """Each rank asks about its share, all of them equally often: collectives are in every forward pass."""
     found = torch.zeros(len(dataset), 2, dtype=torch.float64)
@@ -63,7 +70,7 @@ def _ask(
             heartbeat.part()
             places = first + process.rank * micro_batch + np.arange(micro_batch)
             batch = dataset.read(np.minimum(places, len(dataset) - 1)).each(lambda tensor: tensor.to(process.device))
-            told = log_probabilities(engine.module, batch).double().cpu()
+            told = log_probabilities(engine.module, batch, from_logits=from_logits).double().cpu()
             mine = places < len(dataset)
             found[torch.from_numpy(places[mine])] = told[torch.from_numpy(mine)]
             advance(min(micro_batch * process.world_size, len(dataset) - first))

@@ -40,7 +40,7 @@ from scaling.watch.exhausted import Exhausted
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
-    from scaling.data.dataset import MicroBatch, Samples
+    from scaling.data.dataset import MicroBatch, PairBatch, Samples
     from scaling.data.prompts import PromptDataset
     from scaling.engine.process import Process
     from scaling.engine.protocol import Engine
@@ -346,26 +346,36 @@ def made_up_tokens(words: int, count: int, length: int) -> "MicroBatch":
     return MicroBatch(inputs, targets)
 
 
+def made_up_text(spec: Spec, words: int, count: int) -> "MicroBatch | PairBatch":
+    """So many random samples of text, of the shapes that `spec` says."""
+    import torch
+
+    from scaling.data.dataset import PackedBatch, PairBatch
+
+    length = spec.data.sequence_length
+    made_up = made_up_tokens(words, count * sequences(spec), length)
+    if sequences(spec) > 1:
+        pairs = made_up.each(lambda tokens: tokens.view(count, 2, length))
+        return PairBatch(pairs.inputs, pairs.targets, torch.zeros(count, 2))
+    if not packs(spec.data):
+        return made_up
+    # Two texts to a sample.
+    starts = torch.arange(length).ge(length // 2) * (length // 2)
+    return PackedBatch(made_up.inputs, made_up.targets, starts.expand(count, length).contiguous())
+
+
 def made_up(spec: Spec, count: int) -> "Samples":
     """So many random samples of the shapes that `spec` says."""
     import torch
 
-    from scaling.data.dataset import ActionBatch, PackedBatch, PairBatch
+    from scaling.data.dataset import ActionBatch
     from scaling.engine.precision import DTYPES
 
     model, length = spec.model, spec.data.sequence_length
     if not isinstance(model, Vla):
         words = model.vocab_size if isinstance(model, Decoder) else inventory_of(model).vocab_size
         assert words is not None, "an inventory file says it"
-        made_up = made_up_tokens(words, count * sequences(spec), length)
-        if sequences(spec) > 1:
-            pairs = made_up.each(lambda tokens: tokens.view(count, 2, length))
-            return PairBatch(pairs.inputs, pairs.targets, torch.zeros(count, 2))
-        if not packs(spec.data):
-            return made_up
-        # Two texts to a sample.
-        starts = torch.arange(length).ge(length // 2) * (length // 2)
-        return PackedBatch(made_up.inputs, made_up.targets, starts.expand(count, length).contiguous())
+        return made_up_text(spec, words, count)
     vision, action = model.vision, model.action
     if caches_features(spec.data):
         images = torch.rand(count, vision.views * patches(vision), vision.hidden_size).to(DTYPES[spec.precision])

@@ -186,6 +186,7 @@ def _compared(
             samples = with_reference(
                 *(samples, part, engine, process, heartbeat or NullHeartbeat()),
                 micro_batch=job.plan.micro_batch,
+                from_logits=isinstance(job.spec.model, Recorded),
                 folder=folder,
                 begins=begins,
             )

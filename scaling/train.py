@@ -26,7 +26,7 @@ from scaling.errors import (
     run_command,
 )
 from scaling.groups import empty_groups
-from scaling.imports import GIVEN, add_allow_import, check_allowed, give
+from scaling.imports import GIVEN, add_allow_import, give
 from scaling.inventory import inventory_of, sequences
 from scaling.profile.sinks import check_tracking
 from scaling.redact import redacted
@@ -36,7 +36,7 @@ from scaling.run_folder import OOM, LogFormatter, RunLock, environment, log_to, 
 from scaling.schedule import at_length, growth
 from scaling.spec import Spec, load_spec, parse_spec, read_document
 from scaling.spec.document import assign, document_of
-from scaling.spec.sections import FactoryModel, Recorded, curriculum_of
+from scaling.spec.sections import Recorded, curriculum_of
 from scaling.units import format_bytes, format_seconds
 from scaling.view import as_text, batch_line, groups_table
 from scaling.watch.exhausted import Exhausted, is_exhausted, message_of
@@ -109,7 +109,10 @@ def _launch(arguments: Sequence[str] | None, load: Callable[[Namespace], Spec]) 
     try:
         options = _parser().parse_args(arguments)
         spec, world_size = load(options), _announced("WORLD_SIZE", 1)
-        _look_at(spec, options.allow_import)
+        if isinstance(spec.model, Recorded) and spec.model.inventory is None:
+            from scaling.models.recorded import look_at
+
+            look_at(spec.model, options.allow_import)
         if options.dry_run and curriculum_of(spec.data) is not None:  # its one step is of the longest
             spec = at_length(spec, spec.data.sequence_length)
         job = resolve(_with_numbers(spec, world_size), world_size, options.allow_import)
@@ -119,18 +122,6 @@ def _launch(arguments: Sequence[str] | None, load: Callable[[Namespace], Spec]) 
             print(error, file=sys.stderr)
         return error.code
     return _train(job, options, spec)
-
-
-def _look_at(spec: Spec, allow_import: Sequence[str]) -> None:
-    """Find out what a module is made of that no inventory file describes."""
-    model = spec.model
-    if not isinstance(model, Recorded) or model.inventory is not None:
-        return
-    if isinstance(model, FactoryModel):
-        check_allowed(model.target, allow_import, "model.target")
-    from scaling.models.recorded import take_inventory
-
-    take_inventory(model, allow_import)
 
 
 def _with_numbers(spec: Spec, world_size: int) -> Spec:

@@ -56,6 +56,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
     },
 }
+PAIRS = {"kind": "preference", "train": ["pairs.jsonl"], "sequence_length": SEQUENCE}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt2 with adapters": {"lora": {"rank": 4, "target_modules": ["c_attn", "c_fc"], "dropout": 0.1}},
+    "gpt2 on pairs": {"objective": {"kind": "dpo"}, "data": PAIRS},
+}
+"""What is trained otherwise of the same models."""
 BACKENDS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {"kind": "single"}),
     "ddp": (2, {"kind": "ddp"}),
@@ -98,8 +104,8 @@ def recorded(tmp_path_factory):
                 words = ["--allow-import", "own_models"]
             else:
                 (folder / "hf").mkdir()
-                (folder / "hf" / "config.json").write_text(json.dumps(CONFIGS[name]))
-                spec_file(folder, {"kind": "huggingface", "path": "hf"})
+                (folder / "hf" / "config.json").write_text(json.dumps(CONFIGS[name.partition(" ")[0]]))
+                spec_file(folder, {"kind": "huggingface", "path": "hf"}, **VARIANTS.get(name, {}))
                 words = []
             done = command("scaling.inventory", "spec.json", *words, folder=folder, paths=str(ROOT / "tests"))
             assert done.returncode == 0, done.stdout + done.stderr
@@ -179,10 +185,15 @@ def test_time_of_our_own_blocks_recorded_is_what_is_estimated(recipe, mode):
 
 # ---------------------------------------------------------------- against the tracer
 
-CELLS = [("own", "zero3", "none"), ("gpt2", "fsdp", "full")]
+CELLS = [
+    ("own", "zero3", "none"),
+    ("gpt2", "fsdp", "full"),
+    ("gpt2 with adapters", "zero3", "none"),
+    ("gpt2 on pairs", "fsdp", "none"),
+]
 MORE = [
     (name, backend, mode)
-    for name in ("own", *CONFIGS)
+    for name in ("own", *CONFIGS, *VARIANTS)
     for backend in BACKENDS
     for mode in ("none", "selective", "full")
     if (name, backend, mode) not in CELLS
@@ -285,7 +296,7 @@ PLAN = ("--spec", "spec.json", "--gpus", "4xH100-80GB")
         (['lora={"rank": 4}'], '`lora` must be null for a model of kind "factory"'),
         (
             ["objective.kind=behaviour_cloning"],
-            '`objective.kind` must be "causal_lm" or "sft" for a model of kind "factory"',
+            '`objective.kind` must be "causal_lm", "sft" or "dpo" for a model of kind "factory"',
         ),
     ],
 )
@@ -322,7 +333,7 @@ def test_code_is_imported_only_where_it_is_allowed(tmp_path):
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     spec_file(tmp_path, {"kind": "huggingface", "path": "absent"})
     told = refusal(tmp_path, "spec.json", module="scaling.inventory")
-    assert "`model.path` must be a folder whose config.json" in told
+    assert "`model.path` must be a folder with a config.json" in told
 
 
 def test_what_a_factory_is_given_is_not_in_the_file(recorded, monkeypatch):

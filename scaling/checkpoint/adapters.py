@@ -5,7 +5,7 @@ adapters of the three become one: its lora_A has the rows of all, one below the 
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from scaling.checkpoint.huggingface import Stored
 from scaling.checkpoint.safetensors import write_file
 from scaling.checkpoint.store import write_synced
 from scaling.checkpoint.weights import CheckpointWeights, WeightSource
-from scaling.inventory import is_adapter, parameters
+from scaling.inventory import ADAPTERS, adapted_layers, is_adapter
 from scaling.spec.sections import Lora
 
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
@@ -51,17 +51,18 @@ class MergedWeights(BaseWeights):
     def __init__(self, weights: CheckpointWeights, lora: Lora) -> None:
         super().__init__(weights)
         self._scaling = lora.alpha / lora.rank
+        self._layers = adapted_layers(weights.model, lora)
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         found = super().read(name, start, count)
         module, _, kind = name.rpartition(".")
-        if kind != "weight" or f"{module}.lora_A.weight" not in self._weights.names() or not count:
+        if kind != "weight" or module not in self._layers or not count:
             return found
         columns = self.shape(name)[1]
         first, last = start // columns, -(-(start + count) // columns)
-        added = _whole(self._weights, f"{module}.lora_B.weight")[first:last] @ _whole(
-            self._weights, f"{module}.lora_A.weight"
-        )
+        down, up = (_whole(self._weights, f"{module}.{part}.weight") for part in ADAPTERS)
+        # Of a weight that lies [inputs, outputs] the rows are the inputs.
+        added = (up @ down[:, first:last]).T.contiguous() if self._layers[module] else up[first:last] @ down
         skipped = start - first * columns
         return found + (added * self._scaling).view(-1)[skipped : skipped + count]
 
@@ -78,8 +79,8 @@ class StoredAdapter:
     outputs: int
 
 
-def stored_adapters(stored: Sequence[Stored], adapted: Collection[str]) -> list[StoredAdapter]:
-    """Of the tensors of `stored` that are of our modules `adapted`, in order."""
+def stored_adapters(stored: Sequence[Stored], adapted: Mapping[str, bool]) -> list[StoredAdapter]:
+    """Of the tensors of `stored` that are of our modules `adapted`, in order; true where ours has them transposed."""
     found: list[StoredAdapter] = []
     for tensor in stored:
         row, members = 0, []
@@ -89,7 +90,9 @@ def stored_adapters(stored: Sequence[Stored], adapted: Collection[str]) -> list[
                 members.append((module, row))
             row += member.shape[0]
         if members:
-            found.append(StoredAdapter(tensor.name.rpartition(".")[0], tuple(members), tensor.members[0].shape[1], row))
+            turned = adapted[members[0][0]]
+            inputs, outputs = tensor.shape if turned else (tensor.members[0].shape[1], row)
+            found.append(StoredAdapter(tensor.name.rpartition(".")[0], tuple(members), inputs, outputs))
     return found
 
 
@@ -102,8 +105,9 @@ def write_adapters(
     dtype: torch.dtype,
 ) -> tuple[int, int]:
     """Write peft's files for a model whose files have the tensors `stored`; returns tensors and their bytes."""
-    adapted = {p.name.rpartition(".lora_A.")[0] for p in parameters(weights.model, lora) if ".lora_A." in p.name}
+    adapted = adapted_layers(weights.model, lora)
     adapters = stored_adapters(stored, adapted)
+    turned = family == "gpt2" or any(adapted.values())
     shapes: list[tuple[str, tuple[int, ...]]] = []
     read: dict[str, Callable[[], Tensor]] = {}
     for adapter in adapters:
@@ -121,12 +125,15 @@ def write_adapters(
 
     sizes: list[int] = []
     write_file(folder / ADAPTER_MODEL, shapes, dtype, parts, sizes.append)
-    write_synced(folder / ADAPTER_CONFIG, json.dumps(_config(lora, adapters, family), indent=2) + "\n")
+    write_synced(folder / ADAPTER_CONFIG, json.dumps(_config(lora, adapters, family, turned), indent=2) + "\n")
     return len(shapes), sum(sizes)
 
 
-def _config(lora: Lora, adapters: Sequence[StoredAdapter], family: str | None) -> dict[str, Any]:
-    """What peft's LoraConfig reads; what is absent has its defaults, in its version 0.21 those of plain LoRA."""
+def _config(lora: Lora, adapters: Sequence[StoredAdapter], family: str | None, turned: bool) -> dict[str, Any]:
+    """What peft's LoraConfig reads; what is absent has its defaults, in its version 0.21 those of plain LoRA.
+
+    `turned`: weights are [inputs, outputs] there, as Conv1D's are.
+    """
     joined = {_target(adapter): len(adapter.members) for adapter in adapters}
     most = {name: count for name, count in joined.items() if count > 1}
     return {
@@ -142,7 +149,7 @@ def _config(lora: Lora, adapters: Sequence[StoredAdapter], family: str | None) -
         "rank_pattern": {name: lora.rank * count for name, count in most.items()},
         "alpha_pattern": {name: lora.alpha * count for name, count in most.items()},
         "bias": "none",
-        "fan_in_fan_out": family == "gpt2",  # its Conv1D
+        "fan_in_fan_out": turned,
     }
 
 

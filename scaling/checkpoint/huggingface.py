@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from scaling.inventory import VALUE_HEAD, Parameter, head_dim, parameters, shapes
-from scaling.spec.sections import Decoder, Model, Vla
+from scaling.spec.sections import Decoder, Model, Recorded, Vla
 
 CONFIG, OWN_CONFIG = "config.json", "scaling_spec.json"
 """Beside weights: which model they are of, as Hugging Face says it; or, under our own names, the spec's `model`."""
@@ -49,7 +49,12 @@ _BUFFERS = re.compile(r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.se
 
 
 def layout(model: Model, names: Names) -> tuple[Stored, ...] | None:
-    """The tensors of `model` under these names, in order; None where it has parts that the names have no word for."""
+    """The tensors of `model` under these names, in order; None where it has parts that the names have no word for.
+
+    Modules that are not this project's have their own names alone.
+    """
+    if isinstance(model, Recorded):
+        return tuple(Stored(p.name, p.shape, (p,)) for p in parameters(model))
     if names == "gpt2":
         return _gpt2_layout(model) if isinstance(model, Decoder) else None
     return tuple(

@@ -30,9 +30,9 @@ from scaling.checkpoint.huggingface import (
 from scaling.checkpoint.safetensors import TensorFiles, files_of, read_json, reading
 from scaling.checkpoint.store import BEST, LATEST, MANIFEST, Store, problems_of
 from scaling.errors import CheckpointError, UserError
-from scaling.inventory import VALUE_HEAD, parameters, tied
+from scaling.inventory import VALUE_HEAD, adapted_layers, parameters, tied
 from scaling.run_folder import CHECKPOINTS
-from scaling.spec.sections import Decoder, Lora, Model, Vla
+from scaling.spec.sections import Decoder, FactoryModel, HuggingFace, Lora, Model, Recorded, Vla
 
 logger = logging.getLogger("scaling")
 
@@ -148,8 +148,7 @@ def _open_checkpoint(path: Path, model: Model, lora: Lora | None) -> WeightSourc
 
 def _check_adapters(path: Path, found: Lora, model: Model, lora: Lora | None) -> None:
     """CheckpointError where the weights in `path` have other adapters than `lora`, or `lora` is none."""
-    assert isinstance(model, Decoder), "the spec refuses adapters in others"
-    have, want = ((one.rank, one.alpha, one.targets(model)) for one in (found, lora or found))
+    have, want = ((one.rank, one.alpha, _adapted_names(model, one)) for one in (found, lora or found))
     if lora is None or have != want:
         told = f"rank {found.rank}, alpha {found.alpha:g}, {', '.join(have[2])}"
         raise CheckpointError(
@@ -157,6 +156,11 @@ def _check_adapters(path: Path, found: Lora, model: Model, lora: Lora | None) ->
             + (f"rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(want[2])}" if lora else "null")
             + "; set it or, to start from those weights with the adapters merged, export them and name the export"
         )
+
+
+def _adapted_names(model: Model, lora: Lora) -> tuple[str, ...]:
+    """Last names of the layers with an adapter."""
+    return tuple(dict.fromkeys(module.rpartition(".")[2] for module in adapted_layers(model, lora)))
 
 
 def _open_files(path: Path, files: TensorFiles, model: Model) -> WeightSource:
@@ -184,6 +188,8 @@ def check_config(folder: Path, model: Model, section: str = "model") -> None:
     `section`: where the spec has `model`.
     """
     remedy = "name its .safetensors file, or the index of several, itself"
+    if isinstance(model, Recorded):
+        return  # what its code makes of them, names and shapes alone tell
     if (path := folder / OWN_CONFIG).exists():
         _check_behaviour(path, behaviour(parse_model(path, read_json(path).get("model"))), model, remedy, section)
     elif (path := folder / CONFIG).exists():
@@ -283,7 +289,12 @@ def _spare_head(
 
 def parse_model(path: Path, section: Any) -> Model:
     """The `model` of a spec that was saved in `path`."""
-    kinds: dict[str, type[Decoder] | type[Vla]] = {"decoder": Decoder, "vla": Vla}
+    kinds: dict[str, type[Decoder] | type[Vla] | type[HuggingFace] | type[FactoryModel]] = {
+        "decoder": Decoder,
+        "vla": Vla,
+        "huggingface": HuggingFace,
+        "factory": FactoryModel,
+    }
     with suppress(ValueError, RecursionError, KeyError, TypeError):
         return kinds[section["kind"]].model_validate_json(json.dumps(section))
     raise CheckpointError(f"`{path}` must hold a `model` as specs have it, but does not; use another checkpoint")

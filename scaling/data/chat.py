@@ -3,8 +3,9 @@
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,8 @@ from scaling.data.hashing import derive, derive_each
 from scaling.data.lines import Line, read_each, read_lines, tell_left_out
 from scaling.data.packing import pack
 from scaling.data.progress import progress_in_bytes
+from scaling.data.tables import TABLES
+from scaling.data.template import FolderTemplate
 from scaling.data.tokenizer import Tokenizer, open_tokenizer
 from scaling.errors import UserError
 from scaling.records import IGNORED
@@ -148,10 +151,10 @@ def train_and_validation(
 ) -> tuple[T, T | None]:
     """`dataset(conversations, numbers of the samples, field)` of both parts; a sample is `each` conversations in turn,
     and is held out by the first of them."""
-    paths = jsonl_files(data.train, "data.train")
+    paths = files_of_objects(data.train, "data.train")
     train = open_conversations(paths, "data.train", data, tokenizer, said_in)
     if isinstance(data.validation, list):
-        others = jsonl_files(data.validation, "data.validation")
+        others = files_of_objects(data.validation, "data.validation")
         refuse_shared_files(paths, others)
         held_out = open_conversations(others, "data.validation", data, tokenizer, said_in)
         chosen = np.arange(len(held_out) // each)
@@ -210,16 +213,22 @@ def open_conversations(
 ) -> Conversations:
     """What the lines of these files say, in their order; `said_in` gives the conversations of a line's object."""
     files = [(path, *digest_of(path)) for path in paths]
-    parts = [_FORMAT, data.kind, tokenizer.identity, data.template, data.malformed, *(digest for _, digest, _ in files)]
+    own = FolderTemplate(data.tokenizer) if data.template == "tokenizer" else None
+    template = data.template if own is None else f"{data.template} {own.identity}"
+    parts = [_FORMAT, data.kind, tokenizer.identity, template, data.malformed, *(digest for _, digest, _ in files)]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def write(counts: TokenCounts) -> Iterator[np.ndarray]:
         total = sum(size for _, _, size in files)
         with progress_in_bytes(f"tokenising {field} ({len(files)} files)", total) as advance:
-            said = _all_said(_lines(files, pairs=isinstance(data, PreferenceData)), data, said_in, counts, advance)
-            while some := list(itertools.islice(said, _AT_A_TIME)):
-                counts.documents += len(some)
-                yield from _tokenised(some, data.template, tokenizer)
+            lines = _lines(files, pairs=isinstance(data, PreferenceData))
+            if own is None:
+                said = _each(lines, data, said_in, counts, advance)
+                yield from _in_parts(said, counts, lambda some: _tokenised(some, data.template, tokenizer))
+            else:
+                render, tokens = own.rendered, own.tokens
+                rendered = _each(lines, data, lambda value: map(render, said_in(value)), counts, advance)
+                yield from _in_parts(rendered, counts, lambda some: starmap(_marked, tokens(some)))
 
     entry = cached_tokens(Path(data.cache), key, np.dtype("<u4"), write)
     tell_left_out(entry.counts.left_out, field)
@@ -227,21 +236,31 @@ def open_conversations(
     return Conversations(key, entry.tokens, np.append(starts, len(entry.tokens)).astype(np.int64))
 
 
-def _all_said(
+def _in_parts(
+    found: Iterator[T], counts: TokenCounts, tokenised: Callable[[list[T]], Iterable[np.ndarray]]
+) -> Iterator[np.ndarray]:
+    while some := list(itertools.islice(found, _AT_A_TIME)):
+        counts.documents += len(some)
+        yield from tokenised(some)
+
+
+def _each(
     lines: Iterator[Line],
     data: ChatData | PreferenceData,
-    said_in: Callable[[Any], Sequence[Said]],
+    read: Callable[[Any], Iterable[T]],
     counts: TokenCounts,
     advance: Callable[[int], None],
-) -> Iterator[Said]:
+) -> Iterator[T]:
+    """What `read` makes of the objects of all lines, one after the other."""
+
     def seen() -> Iterator[Line]:
         for line in lines:
             advance(line.size_bytes)
             counts.bytes += line.size_bytes
             yield line
 
-    for said in read_each(seen(), said_in, data.malformed, counts):
-        yield from said
+    for found in read_each(seen(), lambda value: list(read(value)), data.malformed, counts):
+        yield from found
 
 
 def _lines(files: Sequence[tuple[Path, str, int]], *, pairs: bool) -> Iterator[Line]:
@@ -266,6 +285,12 @@ def _tokenised(said: Sequence[Said], template: str, tokenizer: Tokenizer) -> Ite
         tokens = np.concatenate(found)
         tokens[0] |= FIRST
         yield tokens
+
+
+def _marked(ids: np.ndarray, spoken: np.ndarray) -> np.ndarray:
+    tokens = ids | np.where(spoken, SPOKEN, np.uint32(0))
+    tokens[:1] |= FIRST
+    return tokens
 
 
 def _rows(
@@ -313,13 +338,13 @@ def usable(
     return kept & has_target
 
 
-def jsonl_files(patterns: Sequence[str], field: str) -> list[Path]:
-    """The files that the globs match; UserError for one that is no .jsonl file."""
-    paths = matching_files(patterns, field, with_stdlib=True)
+def files_of_objects(patterns: Sequence[str], field: str) -> list[Path]:
+    """The files that the globs match; UserError for one that does not hold one object after the other."""
+    paths = matching_files(patterns, field, with_stdlib=True, with_saved=True)
     for path in paths:
-        if path.suffix != ".jsonl" and not is_standard_library(path):
+        if path.suffix not in (".jsonl", *TABLES) and not is_standard_library(path):
             raise UserError(
-                f"`{field}` must match .jsonl files (one JSON object a line), but matches {path}; convert it, or "
-                "narrow the glob"
+                f"`{field}` must match .jsonl files (one JSON object a line), .parquet or .arrow files, or folders "
+                f"that `datasets` has saved, but matches {path}; convert it, or narrow the glob"
             )
     return paths

@@ -7,23 +7,31 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from scaling.data.tables import saved_files
 from scaling.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 """The special entry of a text dataset: text that every machine has."""
 
 
-def matching_files(patterns: Sequence[str], field: str, *, with_stdlib: bool) -> list[Path]:
+def matching_files(patterns: Sequence[str], field: str, *, with_stdlib: bool, with_saved: bool = False) -> list[Path]:
     """The files that the globs match, sorted within each glob, each file once; `field` is what errors call the list.
 
-    Globs are relative to the working folder, `**` matches folders at any depth. UserError for one that matches nothing.
+    Globs are relative to the working folder, `**` matches folders at any depth. A folder that `datasets` has saved
+    stands for its files where `with_saved`. UserError for a glob that matches nothing.
     """
     found: dict[Path, None] = {}  # a dict and not a set: it keeps the order
     for pattern in patterns:
         if with_stdlib and pattern == PYTHON_STDLIB:
             matches = _standard_library()
         else:
-            matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+            found_names = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+            matches = [name for name in found_names if name.is_file()]
+            if with_saved:
+                saved = {file: None for name in found_names if name.is_dir() for file in saved_files(name, field)}
+                # A glob that matches such a folder and what is in it means the rows alone.
+                folders = {file.parent for file in saved}
+                matches = [*(name for name in matches if name.parent not in folders), *saved]
         if not matches:
             raise UserError(
                 f'`{field}` must match files, but "{pattern}" matches none in {Path.cwd()}; '

@@ -1,4 +1,4 @@
-"""Files of JSON objects, one a line (.jsonl)."""
+"""Files of JSON objects, one a line (.jsonl), and of rows (.parquet, .arrow)."""
 
 import hashlib
 import json
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scaling.data.cache import TokenCounts
-from scaling.data.files import changed, unreadable
+from scaling.data.files import changed, digest_of, unreadable
+from scaling.data.tables import TABLES, read_rows
 from scaling.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a jsonl file."""
+    """One line of a jsonl file, or one row of a table."""
 
     path: Path
     number: int
@@ -33,7 +34,14 @@ class Line:
 
 
 def read_lines(path: Path, digest: str) -> Iterator[Line]:
-    """The lines of a file that are not blank; UserError for one that cannot be read, or is not of this SHA-256."""
+    """The lines of a file that are not blank, or its rows; UserError for one that cannot be read, or is not of this
+    SHA-256."""
+    if path.suffix in TABLES:
+        for number, (size_bytes, row) in enumerate(read_rows(path), 1):
+            yield Line(path, number, size_bytes, row)
+        if digest_of(path)[0] != digest:
+            raise changed(path)
+        return
     found = hashlib.sha256()
     try:
         with open(path, "rb") as file:

@@ -101,4 +101,6 @@ def _response(record: dict[str, Any], side: str, prompt: list[Message]) -> list[
         if not value.strip():
             raise Malformed(f"`{side}` must be text, but is empty")
         return [*prompt, Message("assistant", value)]
-    return checked([*prompt, *listed_messages(value, side)], side)
+    messages = listed_messages(value, side)
+    # Many data sets of the hub have the prompt and, in both conversations, the prompt again.
+    return checked(messages if messages[: len(prompt)] == prompt else [*prompt, *messages], side)

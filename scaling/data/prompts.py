@@ -10,6 +10,7 @@ import numpy as np
 from scaling.data.chat import Conversations, tokenizer_of, train_and_validation
 from scaling.data.conversations import Said, messages_of
 from scaling.data.dataset import MicroBatch
+from scaling.data.template import FolderTemplate
 from scaling.data.tokenizer import Tokenizer
 from scaling.errors import UserError
 from scaling.spec.sections import ChatData
@@ -72,6 +73,8 @@ def open_prompt_data(
     room = data.sequence_length - max_new_tokens
     if data.template == "chatml":
         stop = tokenizer.pieces([CHATML_END])[0].astype(np.int64)
+    elif data.template == "tokenizer":
+        stop = np.array([FolderTemplate(data.tokenizer).end], np.int64)
     else:
         assert tokenizer.end is not None, "`tokenizer_of` refuses others"
         stop = np.array([tokenizer.end], np.int64)

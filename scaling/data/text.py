@@ -19,6 +19,7 @@ from scaling.data.files import (
 )
 from scaling.data.lines import read_each, read_lines, tell_left_out, text_of
 from scaling.data.progress import progress_in_bytes
+from scaling.data.tables import TABLES
 from scaling.data.tokenizer import Tokenizer, open_tokenizer
 from scaling.data.windows import TokenFile, TokenStream, WindowDataset, hold_out_tail, refuse_too_small
 from scaling.errors import UserError
@@ -42,7 +43,7 @@ class _Document:
     @property
     def holds_lines(self) -> bool:
         """Whether each of its lines is an object with a text of its own."""
-        return self.path.suffix == ".jsonl"
+        return self.path.suffix in (".jsonl", *TABLES)
 
 
 def open_text_data(data: TextData, vocab_size: int) -> tuple[WindowDataset, WindowDataset | None]:
@@ -52,9 +53,9 @@ def open_text_data(data: TextData, vocab_size: int) -> tuple[WindowDataset, Wind
     Errors: UserError for files or tokenizers that cannot be used, StorageError for the cache folder.
     """
     tokenizer = open_tokenizer(data.tokenizer, vocab_size)
-    train = _look_at(matching_files(data.train, "data.train", with_stdlib=True))
+    train = _look_at(matching_files(data.train, "data.train", with_stdlib=True, with_saved=True))
     if isinstance(data.validation, list):
-        validation = _look_at(matching_files(data.validation, "data.validation", with_stdlib=True))
+        validation = _look_at(matching_files(data.validation, "data.validation", with_stdlib=True, with_saved=True))
         refuse_shared_files([document.path for document in train], [document.path for document in validation])
     elif data.validation == 0:
         validation = []
@@ -93,7 +94,7 @@ def _open_windows(
 ) -> WindowDataset:
     # Which files are held out shows in the list of digests, so the split needs no place of its own in the key.
     # Names do not matter but for their end, which says how a file is read.
-    kinds = [f" jsonl {data.malformed}" if document.holds_lines else "" for document in documents]
+    kinds = [f" {document.path.suffix[1:]} {data.malformed}" if document.holds_lines else "" for document in documents]
     texts = [document.digest + kind for document, kind in zip(documents, kinds, strict=True)]
     parts = [_FORMAT, tokenizer.identity, *texts]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
@@ -140,7 +141,7 @@ def _batches(documents: Sequence[_Document], data: TextData, counts: TokenCounts
 
 
 def _lines_of(document: _Document, data: TextData, counts: TokenCounts) -> Iterator[str]:
-    """The `text` of each line of a .jsonl file, as MiniMind's pretraining data have it."""
+    """The `text` of each line of a .jsonl file, as MiniMind's pretraining data have it, or of each row of a table."""
     lines = read_lines(document.path, document.digest)
     return read_each(lines, lambda record: text_of(record, "text"), data.malformed, counts)
 

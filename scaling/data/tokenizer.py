@@ -35,7 +35,8 @@ class Tokenizer:
 
 
 def open_tokenizer(name: str, vocab_size: int) -> Tokenizer:
-    """The tokenizer of this name ("bytes" or the path of a tokenizer.json), checked against the model's vocab_size."""
+    """The tokenizer of this name ("bytes", or the path of a tokenizer.json or of its folder), checked against the
+    model's vocab_size."""
     tokenizer = Tokenizer("bytes", 256, _bytes_of, _text_of_bytes, 0) if name == "bytes" else _open_file(Path(name))
     if tokenizer.vocabulary > vocab_size:
         raise UserError(
@@ -56,6 +57,8 @@ def _text_of_bytes(ids: np.ndarray) -> str:
 def _open_file(path: Path) -> Tokenizer:
     import tokenizers  # here, because most runs on bytes and on token files do without it
 
+    if path.is_dir():
+        path = path / "tokenizer.json"
     if path.exists() and not path.is_file():
         raise UserError(
             f'`data.tokenizer` must be "bytes" or the path of a tokenizer.json, but {path} is no regular file; '

@@ -10,9 +10,9 @@ from scaling.estimate.ops import FLOAT, Ops
 from scaling.estimate.tape import Leaf, Node, Refilled, Storage, Tape, Value
 from scaling.estimate.torch_engines import Single, whole_frozen
 from scaling.groups import Group
-from scaling.inventory import ADAPTERS, Parameter, block_finder, tied
+from scaling.inventory import ADAPTERS, Parameter, adapted_layers, block_finder, tied
 from scaling.records import BatchPlan
-from scaling.spec.sections import PPO, Decoder, DeepSpeed, Spec
+from scaling.spec.sections import PPO, DeepSpeed, Spec
 
 DOUBLE = 8
 """Bytes of an element in which norms are taken: `get_norm_dtype`."""
@@ -391,8 +391,8 @@ class ZeRO3(Single):
         self.filled = 0
         self.tied = tied(spec.model)
         self.block_of = block_finder(spec.model)
-        self.adapted = spec.lora.targets(spec.model) if spec.lora and isinstance(spec.model, Decoder) else ()
-        """Last names of linear layers with an adapter: what has their weights is a module inside."""
+        self.adapted = adapted_layers(spec.model, spec.lora) if spec.lora else {}
+        """Linear layers with an adapter: what has their weights is a module inside."""
         self.leaf_modules = spec.compile or spec.activation_checkpointing == "selective"
         self.asked: list[Value] = []
         """Inputs of blocks that a gradient is asked for (`_ask_for_gradient` of the engine): what the loop calls `loss`
@@ -457,7 +457,7 @@ class ZeRO3(Single):
             return block
         module = name.rpartition(".")[0]
         last = module.rpartition(".")[2]
-        return f"{module}.base_layer" if last in self.adapted else f"{module}.default" if last in ADAPTERS else module
+        return f"{module}.base_layer" if module in self.adapted else f"{module}.default" if last in ADAPTERS else module
 
     def read(self, name: str) -> Value:
         if name not in self.sizes:

@@ -18,11 +18,12 @@ def recorded_ledger(spec: Spec, model: Recorded, frozen: Collection[str]) -> Map
         "sequence_length": spec.data.sequence_length,
         "precision": spec.precision,
         "objective": spec.objective.model_dump(mode="json"),
+        "lora": spec.lora.model_dump(mode="json") if spec.lora else None,
         "frozen": sorted(frozen),
     }
     for name, value in wanted.items():
-        if (recorded := ledger[name]) != value:
-            was, now = ("others", "these") if name in ("objective", "frozen") else (recorded, value)
+        if (recorded := ledger.get(name)) != value:
+            was, now = (recorded, value) if name in ("sequence_length", "precision") else ("others", "these")
             raise UserError(
                 f"`model.inventory` must be recorded for the spec's {_WORDS[name]} ({now}), but "
                 f"{str(model.inventory)[:200]!r} is for {was}; run `python -m scaling.inventory SPEC` again"
@@ -34,6 +35,7 @@ _WORDS = {
     "sequence_length": "data.sequence_length",
     "precision": "precision",
     "objective": "objective",
+    "lora": "lora",
     "frozen": "frozen parameters",
 }
 

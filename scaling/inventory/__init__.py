@@ -34,8 +34,34 @@ def parameters(model: Model, lora: Lora | None = None) -> tuple[Parameter, ...]:
     own = _own(model)
     if lora is None:
         return own
-    assert isinstance(model, Decoder), "the spec refuses adapters in others"
-    return tuple(_with_adapters(own, lora.targets(model), lora.rank))
+    return tuple(_with_adapters(own, adapted_layers(model, lora), lora.rank))
+
+
+def adapted_layers(model: Model, lora: Lora) -> dict[str, bool]:
+    """Paths of the linear layers of `model` that get an adapter, in its order; each with whether its weight is
+    [inputs, outputs] in place of [outputs, inputs]. UserError where `lora` names one that the blocks have not.
+    """
+    if isinstance(model, Decoder):
+        targets = lora.targets(model)
+        modules = (parameter.name.removesuffix(".weight") for parameter in _own(model))
+        return {module: False for module in modules if module.rpartition(".")[2] in targets}
+    assert isinstance(model, Recorded), "the spec refuses adapters in others"
+    linears = inventory_of(model).linears
+    known = dict.fromkeys(path.rpartition(".")[2] for path in linears)
+    if not known:
+        raise UserError(
+            "`lora` must be null for a model without linear layers in its blocks, but is set, and none is known; set "
+            "it to null or, if `model.inventory` is of an older version, run `python -m scaling.inventory SPEC` again"
+        )
+    if lora.target_modules == "all-linear":
+        return dict(linears)
+    for index, name in enumerate(lora.target_modules):
+        if name not in known:
+            raise UserError(
+                f"`lora.target_modules.{index}` must be a linear layer of the model's blocks, but is {name[:100]!r}; "
+                f'use some of {", ".join(known)}, or "all-linear" in place of the list'
+            )
+    return {path: turned for path, turned in linears.items() if path.rpartition(".")[2] in lora.target_modules}
 
 
 def is_adapter(name: str) -> bool:
@@ -43,13 +69,13 @@ def is_adapter(name: str) -> bool:
     return any(part in ADAPTERS for part in name.split("."))
 
 
-def _with_adapters(own: Sequence[Parameter], targets: Collection[str], rank: int) -> Iterator[Parameter]:
+def _with_adapters(own: Sequence[Parameter], layers: Mapping[str, bool], rank: int) -> Iterator[Parameter]:
     for module, members in groupby(own, key=lambda parameter: parameter.name.rpartition(".")[0]):
         weight, *rest = members
         frozen = module != VALUE_HEAD
         yield from (replace(parameter, frozen=frozen) for parameter in (weight, *rest))
-        if module.rpartition(".")[2] in targets:
-            outputs, inputs = weight.shape
+        if module in layers:
+            inputs, outputs = weight.shape if layers[module] else weight.shape[::-1]
             yield Parameter(f"{module}.lora_A.weight", (rank, inputs))
             yield Parameter(f"{module}.lora_B.weight", (outputs, rank))
 

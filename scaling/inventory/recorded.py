@@ -6,7 +6,8 @@
      "model": a hash of the section it was made from, which may hold what is nobody else's business,
      "parameters": [{"name", "shape", "tied": [other names of the same tensor]}],
      "blocks": [paths], "buffer_bytes", "vocab_size",
-     "ledger": {"sequence_length", "precision", "objective", "frozen": [names],
+     "linears": {path of a linear layer in a block: whether its weight is [inputs, outputs], as transformers' Conv1D},
+     "ledger": {"sequence_length", "precision", "objective", "lora", "frozen": [names],
                 "events": {"gpu" or "cpu": {checkpointing mode: events, as scaling/recording.py has them}}, and where
                     something is frozen "gpu-zero3" and "cpu-zero3", with DeepSpeed's linear layer, but selective
                 "work": {checkpointing mode: as scaling/estimate/work.py has it}}}
@@ -59,6 +60,9 @@ class Inventory:
     buffer_bytes: int
     vocab_size: int | None
     """Of the logits; None where it is not known."""
+    linears: Mapping[str, bool]
+    """Linear layers in the blocks by path, in the module's order: whether the weight is [inputs, outputs], as that of
+    transformers' Conv1D, in place of [outputs, inputs]."""
     ledger: Mapping[str, Any] | None
     """None where the module was looked at and nothing recorded."""
 
@@ -117,6 +121,7 @@ def _read(path: str, _modified: int, size: int) -> Inventory:
             blocks=tuple(found["blocks"]),
             buffer_bytes=found["buffer_bytes"],
             vocab_size=found["vocab_size"],
+            linears=found.get("linears", {}),
             ledger=found["ledger"],
         )
     except OSError as error:

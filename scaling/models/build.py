@@ -21,4 +21,4 @@ def model_recipe(spec: Spec, allow_import: Sequence[str] = (), *, filled: bool =
         case Vla() as model:
             return vla_recipe(model, spec.seed)
         case FactoryModel() | HuggingFace() as model:
-            return recorded_recipe(model, blocks(model), spec.seed, allow_import, filled=filled)
+            return recorded_recipe(model, blocks(model), spec.seed, allow_import, filled=filled, lora=spec.lora)

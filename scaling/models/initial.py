@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaling.errors import CheckpointError
+from scaling.errors import CheckpointError, UserError
 from scaling.models.recipe import canonical_name
 from scaling.spec.sections import HuggingFace, Recorded
 
@@ -18,6 +18,29 @@ logger = logging.getLogger("scaling")
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 """Names of transformers' own."""
+
+
+def folder_of(model: HuggingFace) -> Path:
+    """The folder that `model.path` names: itself, or that of a model of the hub, as far as it has been fetched.
+
+    Nothing is fetched here: ranks would do it at the same time, and a spec would reach out of the machine. UserError
+    where there is none.
+    """
+    folder = Path(model.path)
+    if folder.is_dir() or folder.is_absolute() or model.path.count("/") > 1:
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model.path, local_files_only=True))
+    except ImportError:
+        return folder
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "`model.path` must be a folder with a config.json, or the name of a model that has been fetched from the "
+            f"hub, but {model.path[:200]!r} is neither here ({type(error).__name__}); correct it, or run "
+            f"`hf download {model.path[:200]}`"
+        ) from None
 
 
 class InitialValues:
@@ -50,7 +73,7 @@ class InitialValues:
     @property
     def _folder(self) -> Path:
         assert isinstance(self._model, HuggingFace)
-        return Path(self._model.path)
+        return folder_of(self._model)
 
     @cached_property
     def _has_files(self) -> bool:

@@ -12,7 +12,8 @@ from scaling.spec.sections import Lora
 
 
 def adapter_inserter(lora: Lora, targets: Sequence[str]) -> Callable[[nn.Module], None]:
-    """What replaces the linear layers called `targets` of a model by peft's, which hold them and an adapter each.
+    """What replaces the linear layers called `targets` of a model, by last name or by path, by peft's, which hold them
+    and an adapter each.
 
     Adapters are made where and in the type in which their layers are, whatever device context and parameter hooks the
     caller has set; what they start from is `fill_adapter`'s. peft itself is imported before: within DeepSpeed's
@@ -21,6 +22,7 @@ def adapter_inserter(lora: Lora, targets: Sequence[str]) -> Callable[[nn.Module]
     try:
         from peft import LoraConfig, inject_adapter_in_model  # only when asked for: it takes seconds
         from peft.tuners.lora import Linear
+        from peft.tuners.lora.layer import Conv1D  # transformers', where that is installed
     except ImportError as error:
         raise UserError(
             f"`lora` must be null where peft is not installed ({error}), but is set; `pip install 'scaling[lora]'`"
@@ -47,7 +49,8 @@ def adapter_inserter(lora: Lora, targets: Sequence[str]) -> Callable[[nn.Module]
                 result = result + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
             return result
 
-    config._register_custom_module({nn.Linear: AdaptedLinear})  # pyright: ignore[reportPrivateUsage]
+    # Of Conv1D nothing is different here: it multiplies by its own weight, whichever way that lies.
+    config._register_custom_module({nn.Linear: AdaptedLinear, Conv1D: AdaptedLinear})  # pyright: ignore[reportPrivateUsage]
 
     def insert(model: nn.Module) -> None:
         inject_adapter_in_model(config, model)

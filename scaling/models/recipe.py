@@ -36,11 +36,17 @@ class ModelRecipe:
         return value
 
 
-WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer", "default")
-"""Attributes under which DDP, torch.compile, checkpoint wrappers, FSDP1 and peft's layers hold what they wrap;
-"default" is peft's name of an adapter."""
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Attributes under which DDP, torch.compile, checkpoint wrappers and FSDP1 hold what they wrap."""
+ADAPTED = ("base_layer", "default")
+"""The same of peft's layers; "default" is peft's name of an adapter."""
 
 
 def canonical_name(name: str) -> str:
     """`name` as the unwrapped model has it."""
+    return ".".join(part for part in name.split(".") if part not in (*WRAPPERS, *ADAPTED))
+
+
+def module_path(name: str) -> str:
+    """`name` with what peft puts between: its layer and the one inside are modules of their own."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

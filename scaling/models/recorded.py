@@ -8,25 +8,51 @@ import torch
 from torch import Tensor, nn
 
 from scaling.errors import UserError
-from scaling.imports import call_target
+from scaling.imports import call_target, check_allowed
+from scaling.inventory import adapted_layers, is_adapter
 from scaling.inventory.recorded import Inventory, Parameter, fingerprint, keep_inventory
-from scaling.models.initial import InitialValues
+from scaling.models.initial import InitialValues, folder_of
+from scaling.models.lora import adapter_inserter, fill_adapter
 from scaling.models.recipe import ModelRecipe, canonical_name
-from scaling.spec.sections import FactoryModel, HuggingFace, Recorded
+from scaling.spec.sections import FactoryModel, HuggingFace, Lora, Model, Recorded
 
+REMOTE_CODE = "transformers_modules"
+"""The package as which transformers imports code that a model's folder brings along."""
 BLOCKS_SHARE = 0.05
 """Of all elements, what a list of alike modules must have for them to be blocks."""
 
 
 def recorded_recipe(
-    model: Recorded, blocks: Sequence[str], seed: int, allow_import: Sequence[str], *, filled: bool = False
+    model: Recorded,
+    blocks: Sequence[str],
+    seed: int,
+    allow_import: Sequence[str],
+    *,
+    filled: bool = False,
+    lora: Lora | None = None,
 ) -> ModelRecipe:
-    """How to build `model`, whose blocks have these paths. Unless `filled` values are left as they are: neither memory
-    nor speed depends on them, and to have them takes all of the model's memory on the host, or its files."""
+    """How to build `model`, whose blocks have these paths, with the adapters of `lora` in it. Unless `filled` values
+    are left as they are: neither memory nor speed depends on them, and to have them takes all of the model's memory on
+    the host, or its files."""
+    insert = None if lora is None else adapter_inserter(lora, list(adapted_layers(model, lora)))
+
+    def with_adapters() -> nn.Module:
+        module = build(model, allow_import)
+        if insert is not None:
+            insert(module)
+        return module
+
     if not filled:
-        return ModelRecipe(lambda: build(model, allow_import), _leave, tuple(blocks), seed)
+        return ModelRecipe(with_adapters, _leave, tuple(blocks), seed)
     values = InitialValues(model, lambda filled: build(model, allow_import, filled=filled), seed)
-    return ModelRecipe(lambda: build(model, allow_import), values.fill, tuple(blocks), seed, values.buffers)
+
+    def fill(name: str, value: Tensor, generator: torch.Generator) -> None:
+        if is_adapter(name):
+            fill_adapter(name, value, generator)
+        else:
+            values.fill(name, value, generator)
+
+    return ModelRecipe(with_adapters, fill, tuple(blocks), seed, values.buffers)
 
 
 def _leave(name: str, value: Tensor, generator: torch.Generator) -> None:
@@ -48,11 +74,11 @@ def build(model: Recorded, allow_import: Sequence[str], *, filled: bool = False)
                 )
             return found
         case HuggingFace():
-            return _causal_lm(model.path, filled=filled)
+            return _causal_lm(model, allow_import, filled=filled)
 
 
-def _causal_lm(path: str, *, filled: bool) -> nn.Module:
-    """From its config.json alone, by code that transformers has itself."""
+def _causal_lm(model: HuggingFace, allow_import: Sequence[str], *, filled: bool) -> nn.Module:
+    """From its config.json alone, by code that transformers has itself or, where that is allowed, the folder."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.initialization import no_init_weights
@@ -63,18 +89,34 @@ def _causal_lm(path: str, *, filled: bool) -> nn.Module:
             "`pip install 'scaling[huggingface]'`"
         ) from None
     messages.set_verbosity_error()
+    path, trusted = folder_of(model), REMOTE_CODE in allow_import
     try:
-        config: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trusted)
         config.use_cache = False  # of generation
         with nullcontext() if filled else no_init_weights():  # which would look into what ZeRO-3 has cut already
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.get_default_dtype())
-        model.tie_weights()
-        return model
+            module = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trusted, dtype=torch.get_default_dtype()
+            )
+        module.tie_weights()
+        return module
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"`model.path` must be a model whose code transformers has itself, but {model.path[:200]!r} brings its "
+                f"own along (auto_map in its config.json); if you trust it, pass --allow-import {REMOTE_CODE}"
+            ) from None
         raise UserError(
             f"`model.path` must be a folder whose config.json transformers builds a causal language model of, but "
-            f"{path[:200]!r} is not: {str(error).splitlines()[0][:300]}"
+            f"{model.path[:200]!r} is not: {str(error).splitlines()[0][:300]}"
         ) from None
+
+
+def look_at(model: Model, allow_import: Sequence[str]) -> None:
+    """Find out what a module is made of that no inventory file describes."""
+    if isinstance(model, Recorded) and model.inventory is None:
+        if isinstance(model, FactoryModel):
+            check_allowed(model.target, allow_import, "model.target")
+        take_inventory(model, allow_import)
 
 
 def take_inventory(model: Recorded, allow_import: Sequence[str]) -> None:
@@ -85,24 +127,27 @@ def take_inventory(model: Recorded, allow_import: Sequence[str]) -> None:
     """
     with torch.device("meta"):
         module = build(model, allow_import)
-    listed = parameters_of(module)
     try:
         blocks = find_blocks(module)
     except UserError:
         blocks = ()
+    keep_inventory(model, inventory_found(model, module, blocks))
+
+
+def inventory_found(model: Recorded, module: nn.Module, blocks: Sequence[str]) -> Inventory:
+    """What `module`, as `build` made it of `model`, is made of; without a step of it."""
+    listed = parameters_of(module)
     config = getattr(module, "config", None)
-    keep_inventory(
-        model,
-        Inventory(
-            path="",
-            model=fingerprint(model),
-            parameters=tuple(Parameter(one["name"], tuple(one["shape"])) for one in listed),
-            tied=tuple((one["name"], *one["tied"]) for one in listed if one["tied"]),
-            blocks=blocks,
-            buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
-            vocab_size=getattr(config, "vocab_size", None),
-            ledger=None,
-        ),
+    return Inventory(
+        path="",
+        model=fingerprint(model),
+        parameters=tuple(Parameter(one["name"], tuple(one["shape"])) for one in listed),
+        tied=tuple((one["name"], *one["tied"]) for one in listed if one["tied"]),
+        blocks=tuple(blocks),
+        buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
+        vocab_size=getattr(config, "vocab_size", None),
+        linears=linear_layers(module, blocks),
+        ledger=None,
     )
 
 
@@ -127,6 +172,18 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
             + ", but has none; put its layers into one"
         )
     return tuple(found)
+
+
+def linear_layers(module: nn.Module, blocks: Sequence[str]) -> dict[str, bool]:
+    """Paths of the linear layers in the blocks; whether the weight of each is [inputs, outputs], as Conv1D's of
+    transformers (GPT-2's)."""
+    found: dict[str, bool] = {}
+    for path in blocks:
+        for inner, layer in module.get_submodule(path).named_modules(prefix=path):
+            turned = type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
+            if isinstance(layer, nn.Linear) or turned:
+                found[canonical_name(inner)] = turned
+    return found
 
 
 def parameters_of(module: nn.Module) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ def build_objective(
         case CausalLM() | SFT():
             return _causal_lm_from_logits if from_logits else _causal_lm
         case DPO():
-            return PreferenceLoss(spec.beta, spec.label_smoothing)
+            return PreferenceLoss(spec.beta, spec.label_smoothing, from_logits)
         case PPO():
             return PolicyLoss(spec.clip_ratio, spec.value_clip, spec.value_coef)
         case BehaviourCloning(loss="flow_matching"):

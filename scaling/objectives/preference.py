@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scaling.records import IGNORED
+
 
 @dataclass(frozen=True)
 class PreferenceLoss:
@@ -14,6 +16,8 @@ class PreferenceLoss:
 
     beta: float
     label_smoothing: float
+    from_logits: bool = False
+    """The module returns logits, where this project's own take targets and return what these cost."""
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """The loss summed over pairs."""
@@ -33,7 +37,7 @@ class PreferenceLoss:
 
     def margins(self, module: nn.Module, batch: Any) -> Tensor:
         """By how many nats the chosen response has gained on the rejected one since training began, fp32 [pairs]."""
-        gained = log_probabilities(module, batch) - batch.reference
+        gained = log_probabilities(module, batch, from_logits=self.from_logits) - batch.reference
         return gained[:, 0] - gained[:, 1]
 
     def _losses(self, margins: Tensor, batch: Any) -> Tensor:
@@ -42,7 +46,12 @@ class PreferenceLoss:
         return torch.where(batch.counted(), losses, 0.0)
 
 
-def log_probabilities(module: nn.Module, batch: Any) -> Tensor:
-    """Of the targets of each sequence of each pair, fp32 [pairs, 2]."""
+def log_probabilities(module: nn.Module, batch: Any, *, from_logits: bool = False) -> Tensor:
+    """Of the targets of each sequence of each pair, fp32 [pairs, 2]; `from_logits` as of `PreferenceLoss`."""
     inputs, targets = batch.inputs.flatten(0, 1), batch.targets.flatten(0, 1)
-    return -module(inputs, targets, by_sequence=True).view(-1, 2)
+    if not from_logits:
+        return -module(inputs, targets, by_sequence=True).view(-1, 2)
+    output = module(inputs)
+    logits = getattr(output, "logits", output).float()
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return -losses.sum(dim=1).view(-1, 2)

@@ -250,12 +250,14 @@ class FactoryModel(Section):
 
 
 class HuggingFace(Section):
-    """A causal language model by the transformers library, of any of its architectures whose code it has itself. It
-    starts from the safetensors in its folder, or where there are none from transformers' initial values."""
+    """A causal language model by the transformers library, of any of its architectures whose code it has itself; code
+    in the folder wants --allow-import transformers_modules. It starts from the safetensors in its folder, or where none
+    are from transformers' initial values."""
 
     kind: Literal["huggingface"]
     path: Text
-    """Folder with its config.json; relative to the working folder."""
+    """Folder with its config.json, relative to the working folder; or the name of a model of the hub, as far as `hf
+    download` has fetched it: nothing is fetched here."""
     inventory: Text | None = None
     """As of a factory."""
 
@@ -283,7 +285,7 @@ class Lora(Section):
         "v_proj",
     )
     """Linear layers that get an adapter, by their last name, in every block; or all of them ("all-linear"). The output
-    head is none of them. Default: queries and values, as in the paper."""
+    head is none of them. Default: queries and values, as in the paper; of GPT-2 in transformers it is ["c_attn"]."""
 
     def targets(self, model: Decoder) -> tuple[str, ...]:
         """Last names of the layers with an adapter, in the order of the module."""
@@ -438,13 +440,15 @@ class TextData(Section):
 
     kind: Literal["text"]
     train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
-    """Globs of UTF-8 files, relative to the working folder; of a .jsonl file each line is an object whose `text` is a
-    document of its own; "python-stdlib" means the standard library's .py files."""
+    """Globs of UTF-8 files, relative to the working folder; "python-stdlib" means the standard library's .py files. Of
+    a .jsonl file each line, and of a .parquet or .arrow file or a folder that `datasets` has saved each row, is an
+    object whose `text` is a document of its own."""
     validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
     """The share of files (by a hash of their content; of a lone file, its end) held out for validation, or globs of
     validation files; 0 holds out none."""
     tokenizer: Text = "bytes"
-    """"bytes" (vocabulary of 256; the byte 0 ends a document), or the path of a Hugging Face tokenizer.json."""
+    """"bytes" (vocabulary of 256; the byte 0 ends a document), or the path of a Hugging Face tokenizer.json or
+    of its folder."""
     sequence_length: Size
     """Tokens in one sample."""
     sequence_curriculum: SequenceCurriculum | None = None
@@ -475,24 +479,28 @@ class TokenData(Section):
 
 
 class ChatData(Section):
-    """Conversations in jsonl, one object a line: `messages` (role, content), MiniMind's and ShareGPT's `conversations`
-    (role, content or from, value), or Dolly's and Alpaca's fields (instruction, context or input, response or output).
+    """Conversations in jsonl, one object a line, or in tables, one a row: `messages` (role, content), MiniMind's and
+    ShareGPT's `conversations` (role, content or from, value), or Dolly's and Alpaca's fields (instruction, context or
+    input, response or output).
 
     Targets are the words of the assistant and what ends them, for the objective causal_lm those of everybody.
     """
 
     kind: Literal["chat"]
     train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
-    """Globs of .jsonl files, relative to the working folder; "python-stdlib" means conversations made of the standard
-    library: a function without its docstring, and what its docstring says first."""
+    """Globs of .jsonl, .parquet or .arrow files, or of folders that `datasets` has saved, relative to the working
+    folder; "python-stdlib" means conversations made of the standard library: a function without its docstring, and what
+    its docstring says first."""
     validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
     """The share of conversations (by a hash of their content) held out for validation, or globs of validation files; 0
     holds out none."""
     tokenizer: Text = "bytes"
-    """"bytes" (vocabulary of 256; the byte 0 ends a text), or the path of a Hugging Face tokenizer.json."""
-    template: Literal["chatml", "instruction"] = "chatml"
+    """"bytes" (vocabulary of 256; the byte 0 ends a text), or the path of a Hugging Face tokenizer.json or
+    of its folder."""
+    template: Literal["chatml", "instruction", "tokenizer"] = "chatml"
     """How a conversation becomes text. chatml: <|im_start|>role … <|im_end|>, as Qwen and MiniMind; instruction:
-    "### Instruction:" and "### Response:", for models that know no such tokens, as GPT-2."""
+    "### Instruction:" and "### Response:", for models that know no such tokens, as GPT-2; tokenizer: the chat template
+    in the tokenizer's own folder, by transformers."""
     sequence_length: Size
     """Tokens in one sample."""
     packing: bool = True
@@ -506,21 +514,25 @@ class ChatData(Section):
     cache: Text = ".cache/scaling"
     """Folder of the tokenised conversations, keyed by content, tokenizer and template; safe to delete."""
 
+    def contradictions(self) -> Iterator[str]:
+        yield from _template_of(self)
+
 
 class PreferenceData(Section):
-    """Pairs of responses in jsonl, one object a line: `chosen` and `rejected`, each a conversation that ends with the
-    assistant (a list of messages, as MiniMind's), or, after a `prompt`, the response alone (as text or messages)."""
+    """Pairs of responses in jsonl, one object a line, or in tables, one a row: `chosen` and `rejected`, each a
+    conversation that ends with the assistant (a list of messages, as MiniMind's), or, after a `prompt`, the response
+    alone (as text or messages); messages that begin with those of the prompt are taken to be the whole."""
 
     kind: Literal["preference"]
     train: Annotated[list[Text], Field(min_length=1, max_length=1000)]
-    """Globs of .jsonl files, relative to the working folder; "python-stdlib" means pairs made of the standard library:
-    what a function's docstring says first, preferred to the same words in another order."""
+    """Globs as of chat; "python-stdlib" means pairs made of the standard library: what a function's docstring says
+    first, preferred to the same words in another order."""
     validation: Fraction | Annotated[list[Text], Field(min_length=1, max_length=1000)] = 0.05
     """The share of pairs (by a hash of their content) held out for validation, or globs of validation files; 0 holds
     out none."""
     tokenizer: Text = "bytes"
     """As of chat."""
-    template: Literal["chatml", "instruction"] = "chatml"
+    template: Literal["chatml", "instruction", "tokenizer"] = "chatml"
     """As of chat."""
     sequence_length: Size
     """Tokens in each of a sample's two sequences."""
@@ -532,6 +544,17 @@ class PreferenceData(Section):
     and counted in the log."""
     cache: Text = ".cache/scaling"
     """As of chat."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from _template_of(self)
+
+
+def _template_of(data: ChatData | PreferenceData) -> Iterator[str]:
+    if data.template == "tokenizer" and data.tokenizer == "bytes":
+        yield (
+            '`template` must be "chatml" or "instruction" for the tokenizer "bytes", which has no chat template, but '
+            'is "tokenizer"; change it, or name a tokenizer\'s folder'
+        )
 
 
 SIMULATED_ARM = "simulated-arm"
@@ -558,7 +581,8 @@ class EpisodeData(Section):
     """How states and actions are scaled, by what the training episodes hold: to a mean of 0 and a deviation of 1, to
     -1 .. 1, or not at all. Checkpoints hold the numbers."""
     tokenizer: Text = "bytes"
-    """Of instructions: "bytes" (vocabulary of 256), or the path of a Hugging Face tokenizer.json."""
+    """Of instructions: "bytes" (vocabulary of 256), or the path of a Hugging Face tokenizer.json or
+    of its folder."""
     sequence_length: Size
     """Tokens of an instruction; shorter ones are filled up."""
     malformed: Literal["refuse", "skip"] = "refuse"
@@ -1173,7 +1197,7 @@ class Spec(Section):
 
     def _adapters(self) -> Iterator[str]:
         lora, model = self.lora, self.model
-        if lora is not None and not isinstance(model, Decoder):
+        if lora is not None and not isinstance(model, Decoder | HuggingFace):
             yield f'`lora` must be null for a model of kind "{model.kind}", but is set; set it to null'
         elif lora is not None and isinstance(model, Decoder) and lora.target_modules != "all-linear":
             known, named = model.linear_layers, lora.target_modules
@@ -1237,8 +1261,10 @@ class Spec(Section):
     def _model_and_objective(self) -> Iterator[str]:
         model, objective = self.model, self.objective
         wanted = ("behaviour_cloning",) if isinstance(model, Vla) else ("causal_lm", "sft")
+        if not isinstance(model, Vla):
+            wanted += ("dpo",)
         if isinstance(model, Decoder):
-            wanted += ("dpo", "ppo")
+            wanted += ("ppo",)
         if not isinstance(objective, Factory) and objective.kind not in wanted:
             *most, last = [f'"{kind}"' for kind in wanted]
             either = f"{', '.join(most)} or {last}" if most else last
