@@ -3,8 +3,8 @@
     python -m benchmarks.peers --setup DIR                          # environments of the peers, in DIR/PEER
     python -m benchmarks.peers --environments DIR [--out FILE]      # on this machine's GPUs, or on its CPU
 
-Same weights, tokens, batch, optimizer and precision: the losses of the first steps are compared first. Then all peers of
-a job train by turns (rounds.py). A peer that cannot run is a row that says why. Exit code 0 where all losses agree.
+Same weights, tokens, batch, optimizer and precision: the losses of the first steps are compared first. Then all
+peers train by turns (rounds.py). A peer that cannot run is a row that says why. Exit code 0 where all losses agree.
 """
 
 import argparse
@@ -31,7 +31,6 @@ LOSSES_APART = 1e-4
 """Losses of the same work in fp32 differ by rounding; in bf16 by more."""
 LOSSES_APART_BF16 = 2e-2
 LOSS_STEPS = 10
-MODEL = {"handwritten": ("handwritten.py",), "transformers": ("huggingface.py",)}
 PEERS = {
     # name: script, variant, environment, what it imports, files that the user writes
     "ours": ("ours", "decoder", None, (), (SPEC,)),
@@ -118,14 +117,23 @@ def _set_up(folder: Path) -> int:
     return 0
 
 
-def _peer(name: str, environments: str | None) -> tuple[Peer, str | None]:
+def _peer(name: str, shape: str, ranks: int, environments: str | None) -> tuple[Peer, str | None]:
     """A peer, and why it cannot run; None if it may."""
     module, variant, where, packages, files = PEERS[name]
     own = Path(environments or "", where or "", "bin", "python")
     python = str(own) if environments and where and own.exists() else sys.executable
     peer = Peer(name, module, variant, files, python)
+    on_gpu = torch.cuda.is_available()
     if name == "torchtitan":
-        return peer, "torchtitan trains on GPUs alone; it has not been tried on one here"
+        return peer, "torchtitan trains on GPUs alone; " + (
+            "its script is not written yet" if on_gpu else "here is none"
+        )
+    if name == "trainer-zero2" and not on_gpu:
+        return peer, "on a CPU DeepSpeed begins with minutes of compiling an extension"
+    if name == "trainer-fsdp2" and ranks == 1:
+        return peer, "Trainer's FSDP wants more than one rank"
+    if name == "nanogpt" and not shape.startswith("gpt2"):
+        return peer, "nanoGPT has GPT-2's shape alone"
     look = "import sys, importlib.util as u; print(*[p for p in sys.argv[1:] if u.find_spec(p) is None])"
     missing = subprocess.run([python, "-c", look, *packages], capture_output=True, text=True).stdout.split()
     return peer, f"not installed: {', '.join(missing)} (--setup)" if missing else None
@@ -140,7 +148,7 @@ def _measure(shape_name: str, ranks: int, names: str, options: argparse.Namespac
     with tempfile.TemporaryDirectory(prefix="scaling-peers-") as folder:
         job = Path(folder) / "job"
         tokens = write_job(job, shape, ranks)
-        found = [_peer(name, options.environments) for name in chosen]
+        found = [_peer(name, shape_name, ranks, options.environments) for name in chosen]
         able = [peer for peer, why in found if why is None]
         rows = compare(
             able,
@@ -196,9 +204,8 @@ def _lines(peer: Peer, job: Path) -> int:
 def _show(job: dict[str, Any]) -> None:
     what = f"{job['shape']}, {job['ranks']} rank{'s' if job['ranks'] > 1 else ''} on the {job['device']}"
     print(f"\n{what}: {job['tokens_per_step']} tokens a step; first {LOSS_STEPS} losses within {_most_apart(job):.1e}")
-    print(
-        f"{'':24}{'tokens/s':>10}{'of ours':>9}{'half within':>16}{'CPU s/step':>12}{'peak':>11}{'start':>8}{'lines':>7}"
-    )
+    words = f"{'tokens/s':>10}{'of ours':>9}{'half within':>16}{'CPU s/step':>12}{'peak':>11}{'start':>8}{'lines':>7}"
+    print(f"{'':24}{words}")
     for row in job["rows"]:
         if "tokens_per_second" not in row:
             print(f"{row['peer']:24}did not run: {row['why_not']}")

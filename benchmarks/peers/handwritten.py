@@ -23,17 +23,17 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(width, shape["vocab_size"], bias=False)
         if shape["tie_word_embeddings"]:
             self.lm_head.weight = self.embed_tokens.weight
-        self.angles = None
-        if not gpt2:
-            half = width // shape["num_attention_heads"] // 2
-            powers = shape["rope_theta"] ** (-torch.arange(half) / half)
-            self.angles = nn.Buffer(torch.arange(shape["max_position_embeddings"])[:, None] * powers, persistent=False)
+        angles = None if gpt2 else angles_of(shape)
+        self.register_buffer("angles", angles, persistent=False)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         hidden, length = self.embed_tokens(inputs), inputs.shape[1]
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions.weight[:length]
-        turn = None if self.angles is None else (self.angles[:length].cos(), self.angles[:length].sin())
+        turn = None
+        if self.angles is not None:
+            angles = self.get_buffer("angles")[:length]
+            turn = angles.cos(), angles.sin()
         for layer in self.layers:
             hidden = layer(hidden, turn)
         logits = self.lm_head(self.norm(hidden))
@@ -95,6 +95,11 @@ def norm_of(shape: dict[str, Any]) -> nn.Module:
     return nn.RMSNorm(shape["hidden_size"], eps=shape["norm_eps"])
 
 
+def angles_of(shape: dict[str, Any]) -> Tensor:
+    half = shape["hidden_size"] // shape["num_attention_heads"] // 2
+    return torch.arange(shape["max_position_embeddings"])[:, None] * shape["rope_theta"] ** (-torch.arange(half) / half)
+
+
 def rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
@@ -104,8 +109,8 @@ def load_model(job: Job) -> Model:
     """The model with the job's weights, on the host."""
     with torch.device("meta"):
         model = Model(job.shape)
-    if model.angles is not None:  # on the meta device they have no values
-        model.angles = Model({**job.shape, "num_hidden_layers": 0, "vocab_size": 1}).angles
+    if model.angles is not None:  # on the meta device it has no values
+        model.angles = angles_of(job.shape)
     weights = load_file(job.folder / OWN_WEIGHTS)
     if job.shape["tie_word_embeddings"]:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]

@@ -172,7 +172,7 @@ def compare(
     loss_steps: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """A row for each peer: losses, start-up, and what it did in each turn; the first peer is what others are held to."""
+    """A row for each peer: losses, start-up, and each turn; the first peer is what others are held to."""
     rows = [Row(peer) for peer in peers]
     for row in rows:
         _losses(row, job, ranks, loss_steps, say)
