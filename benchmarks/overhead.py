@@ -3,9 +3,9 @@
     python -m benchmarks.overhead [--steps 3000] [--profile] [--out FILE]
 
 The model has one weight. `ours` is a run as users start it (`scaling.train.run` with all that is on by default:
-records, TensorBoard, logs, heartbeat); `bare` is the same model, loss, clipping and fused AdamW with nothing around them. A step
-is from one call of the loss to the next, at the median: so short a step is seldom interrupted by other work of the
-machine. Exit code 0 where a whole step of ours takes less than a millisecond.
+records, TensorBoard, logs, heartbeat); `bare` is the same model, loss, clipping and fused AdamW with nothing around
+them. A step is from one call of the loss to the next, at the median: so short a step is seldom interrupted by other
+work of the machine. Exit code 0 where a whole step of ours takes less than a millisecond.
 """
 
 import argparse
