@@ -3,6 +3,7 @@
 Nothing here ends early on one rank: the number of micro-batches follows from the arguments alone.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from scaling.data.dataset import Dataset, Samples
 from scaling.data.hashing import derive, derive_each
-from scaling.data.order import sample_indices
+from scaling.data.order import indices_of, sample_indices
 
 _STEPS_AHEAD = 2
 """Steps that wait in memory while one trains: one more than needed, for steps that take longer to read than others."""
+_SAMPLES_TOGETHER = 4096
+"""Samples of coming steps that are looked up in the order at once: step by step, the reading thread would keep
+Python's lock from the training loop for longer than a small step takes."""
 _NOISE = 0x6E6F697365
 """Of the keys of samples: no other use of the seed has this word."""
 _STOP_CHECK_S = 0.1
@@ -50,21 +54,22 @@ def step_batches(
     on_gpu = device.type == "cuda"
     gpu = torch.cuda.current_device() if on_gpu and device.index is None else device.index  # a new thread's is always 0
 
-    def read_step(first_sample: int) -> list[Samples]:
-        batches: list[Samples] = []
-        for micro_step in range(accumulation):
-            first = first_sample + (micro_step * world_size + rank) * micro_batch
-            batch = dataset.read(sample_indices(first, micro_batch, len(dataset), seed)).keyed(keys(first))
-            batches.append(batch.each(Tensor.pin_memory) if on_gpu else batch)
-        return batches
+    own = (np.arange(accumulation) * world_size + rank)[:, None] * micro_batch + np.arange(micro_batch)
 
-    def keys(first: int) -> np.ndarray:
-        return derive_each(derive(seed, _NOISE), np.arange(first, first + micro_batch, dtype=np.uint64))
+    def read(indices: np.ndarray, keys: np.ndarray) -> Samples:
+        batch = dataset.read(indices).keyed(keys)
+        return batch.each(Tensor.pin_memory) if on_gpu else batch
 
     def steps() -> Iterator[list[Samples]]:
         if on_gpu:
             torch.cuda.set_device(gpu)  # or pinning would occupy some hundred MB of GPU 0 from every rank
-        return map(read_step, first_samples)
+        firsts = iter(first_samples)
+        while some := list(itertools.islice(firsts, max(1, _SAMPLES_TOGETHER // own.size))):
+            places = (np.array(some)[:, None, None] + own).astype(np.uint64)
+            indices = indices_of(places.ravel(), len(dataset), seed).reshape(places.shape)
+            keys = derive_each(derive(seed, _NOISE), places)
+            for step in zip(indices, keys, strict=True):
+                yield [read(*micro_step) for micro_step in zip(*step, strict=True)]
 
     return _read_ahead(steps)
 

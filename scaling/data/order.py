@@ -19,8 +19,13 @@ def sample_indices(first: int, count: int, size: int, seed: int) -> np.ndarray:
     walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002) brings that down to `size` itself: a
     value that falls outside is permuted again until it is inside, after 4 permutations or fewer on average.
     """
-    assert first >= 0 and count >= 0 and 0 < size <= 2**62, (first, count, size)
-    samples = np.arange(first, first + count, dtype=np.uint64)
+    assert first >= 0 and count >= 0, (first, count)
+    return indices_of(np.arange(first, first + count, dtype=np.uint64), size, seed)
+
+
+def indices_of(samples: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """As `sample_indices`, of any global samples (uint64 [count]): a call takes as long for one as for hundreds."""
+    assert 0 < size <= 2**62, size
     epochs, values = samples // np.uint64(size), samples % np.uint64(size)
     keys = derive_each(derive(seed), epochs)
     half = max(1, ((size - 1).bit_length() + 1) // 2)  # bits, rounded up
