@@ -222,8 +222,7 @@ def test_an_error_of_the_thread_surfaces_with_its_type() -> None:
 
 def test_a_process_that_forgets_to_close_ends() -> None:
     program = (
-        "import torch\nfrom scaling.data.hashing import derive, derive_each
-from scaling.data.loader import step_batches\n"
+        "import torch\nfrom scaling.data.loader import step_batches\n"
         "from scaling.data.synthetic import SyntheticDataset\n"
         "steps = step_batches(SyntheticDataset(1, 0, 9, 4, 16), seed=1, micro_batch=2, accumulation=1, rank=0,"
         " world_size=1, first_samples=range(0, 10**9, 2), device=torch.device('cpu'))\n"

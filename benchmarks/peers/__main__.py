@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -79,6 +80,7 @@ def main() -> int:
     names = options.peers or ("installed" if options.tiny else "usual")
     if options.tiny:
         options.rounds, options.seconds = min(options.rounds, 2), 0.3
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # peers that stand still would do so for ever
     jobs: list[dict[str, Any]] = []
     for shape in shapes.split(","):
         for count in map(int, ranks.split(",")):
