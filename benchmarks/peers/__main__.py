@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.common import SPEC
+from benchmarks.peers.common import LOSSES, SPEC
 from benchmarks.peers.job import SHAPES, write_job
 from benchmarks.peers.rounds import Peer, compare
 from scaling.run_folder import environment
@@ -31,7 +31,6 @@ HERE = Path(__file__).resolve().parent
 LOSSES_APART = 1e-4
 """Losses of the same work in fp32 differ by rounding; in bf16 by more."""
 LOSSES_APART_BF16 = 2e-2
-LOSS_STEPS = 10
 PEERS = {
     # name: script, variant, environment, what it imports, files that the user writes
     "ours": ("ours", "decoder", None, (), (SPEC,)),
@@ -79,7 +78,7 @@ def main() -> int:
     ranks = options.ranks or ("1" if options.tiny else _counts(on_gpu))
     names = options.peers or ("installed" if options.tiny else "usual")
     if options.tiny:
-        options.rounds, options.seconds = min(options.rounds, 2), 0.3
+        options.rounds, options.seconds, options.starts = 2, 0.3, 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # peers that stand still would do so for ever
     jobs: list[dict[str, Any]] = []
     for shape in shapes.split(","):
@@ -159,7 +158,7 @@ def _measure(shape_name: str, ranks: int, names: str, options: argparse.Namespac
             tokens,
             rounds=options.rounds,
             seconds=options.seconds,
-            loss_steps=LOSS_STEPS,
+            starts=options.starts,
             say=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
         )
         lines = {peer.name: _lines(peer, job) for peer in able}
@@ -205,7 +204,7 @@ def _lines(peer: Peer, job: Path) -> int:
 
 def _show(job: dict[str, Any]) -> None:
     what = f"{job['shape']}, {job['ranks']} rank{'s' if job['ranks'] > 1 else ''} on the {job['device']}"
-    print(f"\n{what}: {job['tokens_per_step']} tokens a step; first {LOSS_STEPS} losses within {_most_apart(job):.1e}")
+    print(f"\n{what}: {job['tokens_per_step']} tokens a step; first {LOSSES} losses within {_most_apart(job):.1e}")
     words = f"{'tokens/s':>10}{'of ours':>9}{'half within':>16}{'CPU s/step':>12}{'peak':>11}{'start':>8}{'lines':>7}"
     print(f"{'':24}{words}")
     for row in job["rows"]:
@@ -242,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", help="1,2: each in turn (default: 1,2 on a CPU; of 1,4,8 what there are GPUs for)")
     parser.add_argument("--peers", help=f"one of {', '.join(GROUPS)}, or some of {','.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=8, help="turns of each peer")
+    parser.add_argument("--starts", type=int, default=2, help="starts of each peer, for the time to the first step")
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
     parser.add_argument("--tiny", action="store_true", help="a model that takes no time: does the command still work?")
     parser.add_argument("--note", help="what else runs on this machine; kept in the result")

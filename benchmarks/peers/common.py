@@ -23,6 +23,8 @@ JOB, TOKENS, OWN_WEIGHTS, HUGGINGFACE, SPEC = (
     "spec.json",
 )
 """What is in the folder of a job."""
+LOSSES = 10
+"""Steps whose losses are compared."""
 LOG_EVERY = 10
 """Steps between two lines that a script prints."""
 
@@ -102,24 +104,20 @@ def micro_batches(job: Job, rank: int, world_size: int, device: torch.device) ->
 
 
 class Timeline:
-    """Says when each step of this process has ended, by a clock that all processes share.
-
-    With SCALING_PEERS_LOSSES in the environment it reads losses too, for which a GPU would have to wait.
-    """
+    """Says when each step of this process has ended, by a clock that all processes share, and the first losses."""
 
     def __init__(self, job: Job) -> None:
         rank = int(os.environ.get("RANK", "0"))
-        self._losses = "SCALING_PEERS_LOSSES" in os.environ
         self._steps = 0
         job.out.mkdir(parents=True, exist_ok=True)
         self._file = open(job.out / f"rank{rank}.jsonl", "w", buffering=1)  # noqa: SIM115 - open as long as the run
         self._file.write(json.dumps({"pid": os.getpid()}) + "\n")
 
-    def mark(self, loss: Any = None) -> None:
+    def mark(self, loss: Any) -> None:
         """A step has ended; `loss` is the mean over this rank's tokens, or over all ranks'."""
         found: dict[str, Any] = {"at": time.perf_counter()}
         self._steps += 1
-        if self._losses and loss is not None:
+        if self._steps <= LOSSES:  # later a GPU is not to be waited for
             found["loss"] = float(loss)
         if torch.cuda.is_available() and self._steps % LOG_EVERY == 0:
             found["allocated"] = torch.cuda.max_memory_allocated()

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.common import LOSSES
+
 START_S = 300.0
 """A start that takes longer has failed."""
-WARM_STEPS = 5
 _POLL_S = 0.02
 _ENDLESS = 10**6
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -55,7 +56,7 @@ class Turn:
 class Running:
     """A peer that trains, and can be stopped and told to go on."""
 
-    def __init__(self, peer: Peer, job: Path, out: Path, ranks: int, *, steps: int = _ENDLESS, losses: bool = False):
+    def __init__(self, peer: Peer, job: Path, out: Path, ranks: int) -> None:
         self.peer, self._out, self._ranks = peer, out, ranks
         out.mkdir(parents=True)
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
@@ -63,12 +64,10 @@ class Running:
         command = [peer.python, *(launcher if ranks > 1 else []), "-m", f"benchmarks.peers.{peer.module}"]
         root = Path(__file__).resolve().parent.parent.parent
         environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment.pop("SCALING_PEERS_LOSSES", None)
-        environment |= {"SCALING_PEERS_LOSSES": "1"} if losses else {}
         self._log = open(out / "log", "w")  # noqa: SIM115 - open as long as the process
         self.began = time.perf_counter()
         self._process = subprocess.Popen(
-            [*command, str(job), str(out), str(steps), peer.variant],
+            [*command, str(job), str(out), str(_ENDLESS), peer.variant],
             cwd=root,
             env=environment,
             stdout=self._log,
@@ -92,15 +91,6 @@ class Running:
             if time.perf_counter() > until:
                 raise DidNotRun(f"has not done {steps} steps after {START_S:.0f} s")
             time.sleep(_POLL_S)
-
-    def ended(self) -> None:
-        """Until it has ended by itself. Raises DidNotRun."""
-        try:
-            code = self._process.wait(START_S)
-        except subprocess.TimeoutExpired:
-            raise DidNotRun("does not end") from None
-        if code:
-            raise DidNotRun(self._why())
 
     @property
     def start_seconds(self) -> float:
@@ -140,12 +130,14 @@ class Running:
         return found | ({"allocated": max(given)} if given else {})
 
     def losses(self) -> list[float]:
-        """Of each step, the mean over ranks."""
-        ranks = [[line["loss"] for line in self.lines(rank)[1:]] for rank in range(self._ranks)]
+        """Of each of the first steps, the mean over ranks."""
+        ranks = [[line["loss"] for line in self.lines(rank)[1 : LOSSES + 1]] for rank in range(self._ranks)]
         return [sum(each) / len(each) for each in zip(*ranks, strict=False)]
 
     def end(self) -> None:
         """Kill what is left of it."""
+        if self._process.returncode is not None and self._log.closed:
+            return
         for pid in (*self._pids(), self._process.pid):
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -169,27 +161,31 @@ def compare(
     *,
     rounds: int,
     seconds: float,
-    loss_steps: int,
+    starts: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """A row for each peer: losses, start-up, and each turn; the first peer is what others are held to."""
     rows = [Row(peer) for peer in peers]
-    for row in rows:
-        _losses(row, job, ranks, loss_steps, say)
     alive: list[tuple[Row, Running]] = []
+    everyone: list[Running] = []
     try:
-        for row in (row for row in rows if row.why is None):
-            started = Running(row.peer, job, job / f"{row.peer.name}-speed", ranks)
-            alive.append((row, started))
-            try:
-                started.wait(WARM_STEPS)
-                row.starts.append(started.start_seconds)
-            except DidNotRun as error:
-                row.why = str(error)
-                alive.pop()[1].end()
-            else:
-                started.stop()
-            say(f"{row.peer.name}: {row.why or 'started'}")
+        for number in range(starts):
+            for row in (row for row in rows if row.why is None):
+                running = Running(row.peer, job, job / f"{row.peer.name}-{number}", ranks)
+                everyone.append(running)
+                last = number == starts - 1
+                try:
+                    running.wait(LOSSES if last else 1)
+                    row.starts.append(running.start_seconds)
+                except DidNotRun as error:
+                    row.why, last = str(error), False
+                if last:
+                    running.stop()
+                    alive.append((row, running))
+                    row.losses = running.losses()
+                else:
+                    running.end()
+                say(f"{row.peer.name}: {row.why or f'first step after {row.starts[-1]:.1f} s'}")
         for number in range(rounds):
             for row, running in alive if number % 2 == 0 else reversed(alive):
                 row.turns.append(running.turn(seconds, steps=2))
@@ -197,22 +193,9 @@ def compare(
         for row, running in alive:
             row.peaks = running.peak_bytes()
     finally:
-        for _, running in alive:
+        for running in everyone:
             running.end()
     return [row.told(rows[0], tokens) for row in rows]
-
-
-def _losses(row: "Row", job: Path, ranks: int, steps: int, say: Callable[[str], None]) -> None:
-    running = Running(row.peer, job, job / f"{row.peer.name}-losses", ranks, steps=steps, losses=True)
-    try:
-        running.wait(steps)
-        row.starts.append(running.start_seconds)
-        row.losses = running.losses()[:steps]
-    except DidNotRun as error:
-        row.why = str(error)
-    finally:
-        running.end()
-    say(f"{row.peer.name}: {row.why or f'losses {row.losses[0]:.5f} to {row.losses[-1]:.5f}'}")
 
 
 @dataclass
