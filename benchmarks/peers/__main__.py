@@ -80,17 +80,20 @@ def main() -> int:
     if options.tiny:
         options.rounds, options.seconds, options.starts = 2, 0.3, 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # peers that stand still would do so for ever
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    where = environment(max(map(int, ranks.split(","))), device) | {"cpu": _cpu_name(), "beside": options.note}
     jobs: list[dict[str, Any]] = []
     for shape in shapes.split(","):
         for count in map(int, ranks.split(",")):
             jobs.append(_measure(shape, count, names, options))
             _show(jobs[-1])
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    report = {"environment": environment(max(map(int, ranks.split(","))), device) | {"cpu": _cpu_name()}, "jobs": jobs}
-    report["environment"]["machine"] = options.note
-    if options.out:
-        Path(options.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            if options.out:  # after each: a machine that is lent may be taken back
+                _write(Path(options.out), {"environment": where, "jobs": jobs})
     return 0 if all(job["same_losses"] for job in jobs) else 1
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _counts(on_gpu: bool) -> str:
