@@ -79,7 +79,7 @@ def main() -> int:
     names = options.peers or ("installed" if options.tiny else "usual")
     if options.tiny:
         options.rounds, options.seconds, options.starts = 2, 0.3, 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # peers that stand still would do so for ever
+    signal.signal(signal.SIGTERM, _asked_to_end)
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
     where = environment(max(map(int, ranks.split(","))), device) | {"cpu": _cpu_name(), "beside": options.note}
     jobs: list[dict[str, Any]] = []
@@ -90,6 +90,12 @@ def main() -> int:
             if options.out:  # after each: a machine that is lent may be taken back
                 _write(Path(options.out), {"environment": where, "jobs": jobs})
     return 0 if all(job["same_losses"] for job in jobs) else 1
+
+
+def _asked_to_end(*_: Any) -> None:
+    """End all peers: those that stand still would do so for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt that
+    sys.exit(143)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

@@ -72,8 +72,8 @@ SHAPES = {
     "gpt2-124m": Shape(_gpt2(50304, 768, 12, 12, 1024), 1024, 16, 2, 4096, bf16=True, compile=True),
     "llama-160m": Shape(_llama(32000, 768, 2048, 12, 12, 4, 2048), 2048, 8, 2, 2048, bf16=True, compile=True),
     # Their shapes at a size that two cores train: steps of some tenths of a second.
-    "gpt2-small": Shape(_gpt2(8192, 256, 6, 8, 256), 128, 2, 2, 4096),
-    "llama-small": Shape(_llama(8192, 256, 704, 6, 8, 2, 256), 128, 2, 2, 4096),
+    "gpt2-small": Shape(_gpt2(4096, 256, 4, 8, 256), 128, 1, 2, 4096),
+    "llama-small": Shape(_llama(4096, 256, 704, 4, 8, 2, 256), 128, 1, 2, 4096),
     "gpt2-tiny": Shape(_gpt2(256, 64, 2, 2, 64), 32, 2, 2, 1024),
     "llama-tiny": Shape(_llama(256, 64, 176, 2, 4, 2, 64), 32, 2, 2, 1024),
 }
