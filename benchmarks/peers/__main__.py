@@ -214,8 +214,8 @@ def _lines(peer: Peer, job: Path) -> int:
 def _show(job: dict[str, Any]) -> None:
     what = f"{job['shape']}, {job['ranks']} rank{'s' if job['ranks'] > 1 else ''} on the {job['device']}"
     print(f"\n{what}: {job['tokens_per_step']} tokens a step; first {LOSSES} losses within {_most_apart(job):.1e}")
-    words = f"{'tokens/s':>10}{'of ours':>9}{'half within':>16}{'CPU s/step':>12}{'peak':>11}{'start':>8}{'lines':>7}"
-    print(f"{'':24}{words}")
+    words = f"{'tokens/s':>10}{'of ours':>9}{'half within':>16}{'CPU s/step':>12}{'of ours':>9}"
+    print(f"{'':24}{words}{'peak':>11}{'start':>8}{'lines':>7}")
     for row in job["rows"]:
         if "tokens_per_second" not in row:
             print(f"{row['peer']:24}did not run: {row['why_not']}")
@@ -224,7 +224,7 @@ def _show(job: dict[str, Any]) -> None:
         most = peak.get("allocated", peak["resident"]) / 2**20
         print(
             f"{row['peer']:24}{row['tokens_per_second']:10.0f}{ratio['median']:9.3f}"
-            f"{ratio['low']:9.3f}-{ratio['high']:.3f}{row['cpu_seconds_per_step']:12.4f}"
+            f"{ratio['low']:9.3f}-{ratio['high']:.3f}{row['cpu_seconds_per_step']:12.4f}{row['cpu_of_ours']['median']:9.3f}"
             f"{most:7.0f} MiB{row['start_seconds']:6.1f} s{row['lines']:7}",
             flush=True,
         )

@@ -115,7 +115,7 @@ class Timeline:
 
     def mark(self, loss: Any) -> None:
         """A step has ended; `loss` is the mean over this rank's tokens, or over all ranks'."""
-        found: dict[str, Any] = {"at": time.perf_counter()}
+        found: dict[str, Any] = {"at": time.perf_counter(), "cpu": time.process_time()}
         self._steps += 1
         if self._steps <= LOSSES:  # later a GPU is not to be waited for
             found["loss"] = float(loss)

@@ -110,18 +110,19 @@ class Running:
 
     def turn(self, seconds: float, steps: int) -> Turn:
         """Train for so long, and at least for so many whole steps; then stand still again."""
-        before = len(self.lines())
-        cpu, busy, began = self._cpu(), _busy(), time.perf_counter()
+        before = [len(self.lines(rank)) for rank in range(self._ranks)]
+        own, busy, began = self._cpu(), _busy(), time.perf_counter()
         for pid in self._pids():
             os.kill(pid, signal.SIGCONT)
         time.sleep(seconds)
-        self.wait(before + steps)  # the first of them had begun before
+        self.wait(before[0] + steps)  # the first of them had begun before
         self.stop()
-        took, own = time.perf_counter() - began, self._cpu() - cpu
+        took, own = time.perf_counter() - began, self._cpu() - own
         others = max(0.0, _busy() - busy - own) / took
-        at = [line["at"] for line in self.lines()[before:]]
-        whole = len(at) - 1
-        return Turn(whole / (at[-1] - at[0]), whole, own * (at[-1] - at[0]) / took / whole, others)
+        ends = [self.lines(rank)[first:] for rank, first in enumerate(before)]
+        whole, seconds = len(ends[0]) - 1, ends[0][-1]["at"] - ends[0][0]["at"]
+        cpu = sum((of[-1]["cpu"] - of[0]["cpu"]) / (len(of) - 1) for of in ends if len(of) > 1)
+        return Turn(whole / seconds, whole, cpu, others)
 
     def peak_bytes(self) -> dict[str, int]:
         """Of the rank with the most: resident memory of the host, and on a GPU what its allocator gave out."""
