@@ -135,7 +135,7 @@ def _seed_step(seed: int, step: int, process: Process) -> None:
     value = derive(seed, step, process.rank) >> 1
     torch.default_generator.manual_seed(value)
     if process.device.type == "cuda":
-        torch.cuda.default_generators[process.device.index].manual_seed(value)
+        torch.cuda.manual_seed(value)
 
 
 def train_step(
