@@ -133,7 +133,7 @@ class Running:
     def losses(self) -> list[float]:
         """Of each of the first steps, the mean over ranks."""
         ranks = [[line["loss"] for line in self.lines(rank)[1 : LOSSES + 1]] for rank in range(self._ranks)]
-        return [sum(each) / len(each) for each in zip(*ranks, strict=False)]
+        return [sum(each) / len(each) for each in zip(*ranks, strict=True)]
 
     def end(self) -> None:
         """Kill what is left of it."""
@@ -183,7 +183,6 @@ def compare(
                 if last:
                     running.stop()
                     alive.append((row, running))
-                    row.losses = running.losses()
                 else:
                     running.end()
                 say(f"{row.peer.name}: {row.why or f'first step after {row.starts[-1]:.1f} s'}")
@@ -192,7 +191,7 @@ def compare(
                 row.turns.append(running.turn(seconds, steps=2))
             say(f"round {number + 1} of {rounds}")
         for row, running in alive:
-            row.peaks = running.peak_bytes()
+            row.peaks, row.losses = running.peak_bytes(), running.losses()
     finally:
         for running in everyone:
             running.end()
