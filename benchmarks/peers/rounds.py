@@ -188,9 +188,13 @@ def compare(
                 say(f"{row.peer.name}: {row.why or f'first step after {row.starts[-1]:.1f} s'}")
         for number in range(rounds):
             for row, running in alive if number % 2 == 0 else reversed(alive):
-                row.turns.append(running.turn(seconds, steps=2))
+                if row.why is None:
+                    try:
+                        row.turns.append(running.turn(seconds, steps=2))
+                    except DidNotRun as error:
+                        row.why = str(error)
             say(f"round {number + 1} of {rounds}")
-        for row, running in alive:
+        for row, running in ((row, running) for row, running in alive if row.why is None):
             row.peaks, row.losses = running.peak_bytes(), running.losses()
     finally:
         for running in everyone:
