@@ -135,9 +135,7 @@ def _peer(name: str, shape: str, ranks: int, environments: str | None) -> tuple[
     peer = Peer(name, module, variant, files, python)
     on_gpu = torch.cuda.is_available()
     if name == "torchtitan":
-        return peer, "torchtitan trains on GPUs alone; " + (
-            "its script is not written yet" if on_gpu else "here is none"
-        )
+        return peer, "its script is not written yet" if on_gpu else "torchtitan trains on GPUs alone"
     if name == "trainer-zero2" and not on_gpu:
         return peer, "on a CPU DeepSpeed begins with minutes of compiling an extension"
     if name == "trainer-fsdp2" and ranks == 1:
