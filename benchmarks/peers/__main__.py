@@ -153,7 +153,8 @@ def _peer(name: str, shape: str, ranks: int, environments: str | None) -> tuple[
 def _measure(shape_name: str, ranks: int, names: str, options: argparse.Namespace) -> dict[str, Any]:
     chosen = GROUPS.get(names) or names.split(",")
     shape = SHAPES[shape_name]
-    with tempfile.TemporaryDirectory(prefix="scaling-peers-") as folder:
+    # A watchdog that finds its rank killed may still write while the folder goes.
+    with tempfile.TemporaryDirectory(prefix="scaling-peers-", ignore_cleanup_errors=True) as folder:
         job = Path(folder) / "job"
         tokens = write_job(job, shape, ranks)
         found = [_peer(name, shape_name, ranks, options.environments) for name in chosen]
