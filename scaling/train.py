@@ -108,7 +108,7 @@ def run(
 @contextmanager
 def _collector_at_rest() -> Iterator[None]:
     """Without the garbage collector, until training begins (scaling/run.py): it would look through what torch's import
-    makes again and again, for half a second of a core, and find nothing."""
+    makes again and again, for some tenths of a second, and find nothing."""
     works = gc.isenabled()
     gc.disable()
     try:
