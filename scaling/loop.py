@@ -129,8 +129,15 @@ def _check_time(process: Process, keeper: Keeper, left: float | None, step: int)
 
 
 def _seed_step(seed: int, step: int, process: Process) -> None:
-    """Make all that is random in a step (dropout) a function of the seed, the step and the rank: none is ever saved."""
-    torch.manual_seed(derive(seed, step, process.rank) >> 1)
+    """Make all that is random in a step (dropout) a function of the seed, the step and the rank: none is ever saved.
+
+    Not by `torch.manual_seed`, which where CUDA is not in use formats two stack traces at each call: most of a
+    millisecond in which nothing is computed (torch/cuda/__init__.py, `_lazy_call`).
+    """
+    value = derive(seed, step, process.rank) >> 1
+    torch.default_generator.manual_seed(value)
+    if process.device.type == "cuda":
+        torch.cuda.manual_seed(value)
 
 
 def train_step(

@@ -287,9 +287,13 @@ def _course(job: Job, process: "Process", recorder: "Recorder", first_step: int,
 
 @contextmanager
 def _spared_by_gc() -> Iterator[None]:
-    """Keep the garbage collector from all that exists now: a pass over it takes 0.1 s, in whichever step it falls."""
+    """Keep the garbage collector from all that exists now: a pass over it takes 0.1 s, in whichever step it falls.
+
+    From here on it works, if it was at rest while the run started (scaling/train.py).
+    """
     gc.collect()
     gc.freeze()
+    gc.enable()
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """Train what a spec says: the entry point under any launcher."""
 
+import gc
 import json
 import logging
 import os
@@ -105,7 +106,25 @@ def run(
     return _launch(["--spec", str(GIVEN), "--allow-import", GIVEN, *arguments], load)
 
 
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Without the garbage collector, until training begins (scaling/run.py): it would look through what torch's import
+    makes again and again, for some tenths of a second, and find nothing."""
+    works = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if works:
+            gc.enable()
+
+
 def _launch(arguments: Sequence[str] | None, load: Callable[[Namespace], Spec]) -> int:
+    with _collector_at_rest():
+        return _start(arguments, load)
+
+
+def _start(arguments: Sequence[str] | None, load: Callable[[Namespace], Spec]) -> int:
     try:
         options = _parser().parse_args(arguments)
         spec, world_size = load(options), _announced("WORLD_SIZE", 1)

@@ -21,6 +21,7 @@ import torch
 from scaling.data import text, tokenizer
 from scaling.data.build import build_datasets
 from scaling.data.dataset import IGNORED, MicroBatch, from_windows
+from scaling.data.hashing import derive, derive_each
 from scaling.data.loader import step_batches, validation_batches
 from scaling.data.order import sample_indices
 from scaling.data.synthetic import SyntheticDataset
@@ -92,6 +93,15 @@ def test_each_epoch_is_a_permutation_of_its_own(size: int) -> None:
     if size >= 16:
         assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
         assert (epochs[0] != sample_indices(0, size, size, seed=8)).any()
+
+
+@pytest.mark.parametrize("words", [(0,), (7, 11), (2**64 - 1, 3), (2**63, 2**64 - 1, 5), (-1, 2)])
+def test_a_key_is_the_same_by_python_and_by_numpy(words: tuple[int, ...]) -> None:
+    """Of a single number Python's own arithmetic is the faster one."""
+    key = 0
+    for word in words:
+        key = int(derive_each(key, np.array([word % 2**64], dtype=np.uint64))[0])
+    assert derive(*words) == key
 
 
 def test_order_never_changes_silently() -> None:

@@ -5,6 +5,7 @@ import numpy as np
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio, odd: the distance between the inputs of neighbours."""
 _MASK = 2**64 - 1
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -12,17 +13,19 @@ def mix(values: np.ndarray) -> np.ndarray:
 
     The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
     """
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(_FIRST)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(_SECOND)
     return values ^ (values >> np.uint64(31))
 
 
 def derive(*words: int) -> int:
     """One 64-bit key from whole numbers; another order or number of words gives another key."""
     key = 0
-    for word in words:
-        # An array of one element, because numpy warns when a scalar overflows and stays silent for arrays.
-        key = int(mix(np.array([(key + word + GOLDEN) & _MASK], dtype=np.uint64))[0])
+    for word in words:  # `mix` in Python's own numbers: for a single one numpy takes thirty times as long
+        value = (key + word + GOLDEN) & _MASK
+        value = (value ^ (value >> 30)) * _FIRST & _MASK
+        value = (value ^ (value >> 27)) * _SECOND & _MASK
+        key = value ^ (value >> 31)
     return key
 
 
