@@ -54,6 +54,14 @@ class Job:
     allow_import: tuple[str, ...] = ()
     """Packages that the spec may take code from."""
 
+    @property
+    def flops_per_token(self) -> float | None:
+        """Of training, forward and backward; None where it is not known."""
+        if isinstance(self.spec.model, Recorded) and inventory_of(self.spec.model).ledger is None:
+            return None
+        frozen = {name for group in self.groups if group.frozen for name in group.names}
+        return train_flops_per_token(self.spec.model, attended_length(self.spec), frozen, self.spec.lora)
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -563,14 +571,7 @@ def yardsticks(job: Job, process: "Process") -> "Yardsticks":
 
     path, device = job.spec.profile.hardware, device_name(process)
     measured = None if path is None else gemm_ceiling(path, job.spec.precision, device)
-    return Yardsticks(_flops_per_token(job), _peak_flops(job.spec, process), measured)
-
-
-def _flops_per_token(job: Job) -> float | None:
-    if isinstance(job.spec.model, Recorded) and inventory_of(job.spec.model).ledger is None:
-        return None
-    frozen = {name for group in job.groups if group.frozen for name in group.names}
-    return train_flops_per_token(job.spec.model, attended_length(job.spec), frozen, job.spec.lora)
+    return Yardsticks(job.flops_per_token, _peak_flops(job.spec, process), measured)
 
 
 def _peak_flops(spec: Spec, process: "Process") -> float | None:

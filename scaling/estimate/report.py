@@ -13,7 +13,7 @@ from scaling.estimate.search import Candidate, Found, Rejected, known
 from scaling.estimate.time import estimate_time
 from scaling.groups import Group
 from scaling.hardware import Cluster, gpu_from_device_name
-from scaling.inventory import sample_length
+from scaling.inventory import attended_length
 from scaling.records import BatchPlan
 from scaling.spec import Spec
 
@@ -28,7 +28,7 @@ def report(spec: Spec, found: Found, margin: float) -> dict[str, Any]:
     """The whole result. All numbers about memory and time are predicted; null is what is not known."""
     groups = found.groups
     frozen = [name for group in groups if group.frozen for name in group.names]
-    length = sample_length(spec)
+    length = attended_length(spec)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
@@ -63,6 +63,7 @@ def candidate_report(candidate: Candidate) -> dict[str, Any]:
         "micro_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "global_batch_size": plan.global_batch,
+        "tokens_per_step": plan.global_tokens,
         "fits": candidate.fits,
         "reason": candidate.reason,
         "memory": memory_report(candidate.memory),
