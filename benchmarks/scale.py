@@ -168,10 +168,10 @@ communication weigh less. A cell has tokens a second and GPU, MFU, and the upper
 each GPU; what does not fit has no speed. Of a vision-language-action model tokens are its positions.
 
 Beside a model stand speeds that others published of models most like it
-([what they are](../benchmarks/published/README.md)), and what the planner says of those very runs, on their machines and
-with their batches. They are the dots of the pictures, and no points of the lines. Three constants of the planner were
-fitted on the rows marked so. No published run here has more than 1,024 GPUs: beyond, the lines have nothing to be held
-against.
+([what they are](../benchmarks/published/README.md)), and what the planner says of those very runs, on their machines
+and with their batches. They are the dots of the pictures, and no points of the lines. Three constants of the planner
+were fitted on the rows marked so. No published run here has more than 1,024 GPUs: beyond, the lines have nothing to be
+held against.
 """
 
 
@@ -226,7 +226,7 @@ def _share(value: float) -> str:
 
 # ---------------------------------------------------------------- pictures
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 320, 64, 40, 20, 150
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 680, 320, 64, 40, 20, 190
 
 
 def picture(shape: Shape, curves: dict[str, list[Point]], published: Sequence[dict[str, Any]]) -> str:
