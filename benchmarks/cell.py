@@ -25,6 +25,7 @@ from scaling.spec import load_spec
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = (
     *("validation=null", "checkpoint=null", "profile.interval=1", "tracking.tensorboard=false"),
+    "epochs=null",
     'schedule={"kind": "constant", "warmup_steps": 0}',
 )
 COUNTED = "profile.memory_step=2"

@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_suite --tiny --out FOLDER      (the same at tiny size, to try it on a CPU)
 
 Each cell is a command of this project in a process of its own, and writes to FOLDER. Called again with the same folder,
-the suite goes on: cells that are done are not done again, those that failed or ran out of time are. When the minutes are
-over it ends what runs and begins nothing more. FOLDER/summary.json and summary.md say what came of each cell, and
+the suite goes on: cells that are done are not done again, those that failed or ran out of time are. When the minutes
+are over it ends what runs and begins nothing more. FOLDER/summary.json and summary.md say what came of each cell, and
 FOLDER/RESULTS.md has the rows of its recipes.
 
 Exit code 0 where every cell is done, whether its bars held or not; 1 where some is left, or failed.

@@ -42,7 +42,9 @@ class Cell:
     @property
     def name(self) -> str:
         """What the row is called; files are compared by it."""
-        return " ".join(filter(None, (Path(self.spec).stem, self.backend, f"x{self.ranks}", self.option)))
+        return " ".join(
+            filter(None, (Path(self.spec).name.removesuffix(".json"), self.backend, f"x{self.ranks}", self.option))
+        )
 
 
 def load_matrix(path: Path = MATRIX) -> dict[str, list[dict[str, Any]]]:
