@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results_page
-from benchmarks.machine import Device, device
+from benchmarks.machine import Device, device, end_on_sigterm
 from scaling.errors import CommandLine, UserError, positive, run_command
 from scaling.run_folder import environment
 from scaling.units import format_seconds
@@ -58,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder, here = options.out, device()
     if here.kind == "cpu" and not options.tiny:
         raise UserError("`--tiny` must be given where there is no GPU, but is not; add it")
-    (folder / STATES).mkdir(parents=True, exist_ok=True)
     chosen = _chosen(list(cells(folder, tiny=options.tiny)), options.only)
+    end_on_sigterm()
+    (folder / STATES).mkdir(parents=True, exist_ok=True)
     print(f"{len(chosen)} cells on {_place(here)}, {options.minutes} minutes at most, into {folder}", flush=True)
     states = run_cells(chosen, folder, 60.0 * options.minutes)
     _write_summary(folder, here, states, tiny=options.tiny)

@@ -4,13 +4,19 @@ import functools
 import os
 import platform
 import resource
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 BUSY = 0.05
-"""Share of all cores from which on what others take may show in a figure."""
+"""Share of all cores, and of a GPU's time, from which on what others take may show in a figure."""
+GPU_TAKEN_MIB = 1024
+"""What others may hold of a GPU, in the driver's unit, before it is said: less is what a display takes."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,33 @@ class Others:
 
 
 def load(seconds: float = 1.0) -> dict[str, Any]:
-    """What others do while this process waits so long."""
+    """What others do while this process waits so long, on the cores and on the GPUs."""
     others = Others()
     time.sleep(seconds)
-    return {"others_cores": others.cores(), "load_average": os.getloadavg()[0]}
+    return {"others_cores": others.cores(), "load_average": os.getloadavg()[0], "gpus": _gpus()}
+
+
+def _gpus() -> list[dict[str, float]]:
+    """Share of time that each GPU is busy and MiB that are taken, of which this process takes none; empty without."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+        pairs = [line.split(",") for line in lines]
+        return [{"busy": float(busy) / 100, "taken_mib": float(taken)} for busy, taken in pairs]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def taken_gpus(gpus: list[dict[str, float]]) -> int:
+    """How many of them others are at work on."""
+    return sum(gpu["busy"] > BUSY or gpu["taken_mib"] > GPU_TAKEN_MIB for gpu in gpus)
+
+
+def end_on_sigterm() -> None:
+    """End as sys.exit does, so that what was started is ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def is_busy(others_cores: float | None) -> bool:

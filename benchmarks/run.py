@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cell import ROOT, facts, measure, rehearse, resolved
-from benchmarks.machine import Device, device, is_busy, load, ran_on
+from benchmarks.machine import Device, device, end_on_sigterm, is_busy, load, ran_on, taken_gpus
 from benchmarks.matrix import MATRIX, Cell, cells, load_matrix
 from scaling.errors import CommandLine, UserError, positive, run_command
 from scaling.run_folder import environment
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     _check(options)
+    end_on_sigterm()
     here = device()
     planned = list(
         plan(load_matrix(options.matrix).get(here.kind, []), options.gpus, options.only, here, options.rehearse)
@@ -221,9 +222,11 @@ def spread(values: Sequence[float]) -> float | None:
 def noise(document: dict[str, Any]) -> list[str]:
     """What speaks against the figures of a result: others at work, repeats apart, too few of them."""
     found: list[str] = []
-    before = document["machine"]["before"]["others_cores"]
-    if is_busy(before):
-        found.append(f"before the first run others kept {before:.1f} cores busy")
+    before = document["machine"]["before"]
+    if is_busy(before["others_cores"]):
+        found.append(f"before the first run others kept {before['others_cores']:.1f} cores busy")
+    if taken := taken_gpus(before["gpus"]):
+        found.append(f"before the first run others were at work on {taken} of {len(before['gpus'])} GPUs")
     runs = [run for row in document["rows"] for run in row["runs"] if run["status"] == "ok"]
     if busy := [run["others_cores"] for run in runs if run.get("busy")]:
         most = max(busy)

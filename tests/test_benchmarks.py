@@ -232,7 +232,7 @@ def a_result(speeds, *, session="s", kind="cpu", name="m ddp x2", rehearsed=Fals
         "kind": KIND,
         "session": session,
         "began": "2026-01-01T00:00:00Z",
-        "machine": {"kind": kind, "device": here.name, "count": 2, "before": {"others_cores": 0.0}},
+        "machine": {"kind": kind, "device": here.name, "count": 2, "before": {"others_cores": 0.0, "gpus": []}},
         "environment": {"commit": "c" * 40, "changed_since": False, "versions": {"torch": "2", "deepspeed": "0"}},
         "asked": {"repeats": len(speeds), "steps": 30, "warm_up": 5},
         "rows": [{**row, **summary(row)}],
@@ -303,6 +303,9 @@ def test_a_noisy_machine_is_told():
     assert noise(a_result([100, 101, 100])) == []
     told = noise(a_result([100, 90, 100], busy=True))
     assert any("others kept cores busy" in one for one in told) and any("at worst 10.0 %" in one for one in told)
+    taken = a_result([100, 101, 100], kind="gpu")
+    taken["machine"]["before"]["gpus"] = [{"busy": 0.0, "taken_mib": 4.0}, {"busy": 0.9, "taken_mib": 4.0}]
+    assert noise(taken) == ["before the first run others were at work on 1 of 2 GPUs"]
     assert noise(a_result([100])) == ["rows of fewer than three runs say little of how steady they are"]
 
 
