@@ -113,7 +113,7 @@ def _introduction(here: Device, counts: Sequence[int], *, rehearse: bool) -> Ite
     if here.kind == "gpu":
         yield f"{here.count} x {here.name}"
     else:
-        yield f"no GPU here: ranks on the {here.count} cores of a CPU stand for GPUs, with the matrix's small models"
+        yield f"no GPU here: ranks on the CPU's cores ({here.count}) stand for GPUs, with the matrix's small models"
     for ranks in counts:
         if ranks > here.count:
             yield f"{ranks}: {_lack(here, ranks)}: {'rank 0 is rehearsed alone' if rehearse else 'skipped'}"

@@ -106,11 +106,9 @@ def measured(tmp_path_factory):
     whole = {"spec": "gpt2-124m", "backends": ["hsdp"], "options": {"short": [*SHORT, WEAK]}}  # from 4 ranks on
     broken = {"spec": "gpt2-tiny", "backends": ["single"], "options": {"broken": ["initialize_from=/nowhere"]}}
     matrix.write_text(json.dumps({"cpu": [small, whole, broken]}))
-    words = ("--gpus", f"1,8,{LACKING}", "--repeats", "1", "--steps", "6", "--warm-up", "2", "--rehearse")
-    cores = Device("cpu", "x", 1)
-    code = f"from benchmarks import machine, run; machine.cores = lambda: {cores.count}; run.main({[*words]!r} + "
-    code += f"['--matrix', {str(matrix)!r}, '--out', {str(out)!r}, '--only', ' x'])"
-    done = python("-c", code)
+    words = ["--gpus", "1,8", "--repeats", "1", "--steps", "6", "--warm-up", "2", "--rehearse"]
+    words += ["--matrix", str(matrix), "--out", str(out)]
+    done = python("-c", f"from benchmarks import machine, run; machine.cores = lambda: 1; run.main({words!r})")
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(out.read_text()), done.stdout
 
@@ -118,7 +116,7 @@ def measured(tmp_path_factory):
 def test_without_a_gpu_ranks_stand_for_gpus_and_rows_say_so(measured):
     document, told = measured
     assert document["kind"] == KIND and document["machine"]["kind"] == "cpu"
-    assert "no GPU here: ranks on the 1 cores of a CPU stand for GPUs" in told
+    assert "no GPU here: ranks on the CPU's cores (1) stand for GPUs" in told
     row = {row["name"]: row for row in document["rows"]}["gpt2-tiny single x1 weak"]
     assert row["status"] == "ok" and row["ran_on"]["words"].endswith("no GPU") and row["mfu"] is None
     assert row["tokens_per_step"] == 64 and row["runs"][0]["steps"] == 4, "the first two do not count"
@@ -127,6 +125,16 @@ def test_without_a_gpu_ranks_stand_for_gpus_and_rows_say_so(measured):
     assert row["tokens_per_second"] == pytest.approx(64 / step["median"], rel=1.0)
     assert row["memory"]["measured_to_predicted"] == pytest.approx(1, abs=0.05)
     assert document["environment"]["versions"]["torch"] and document["environment"]["commit"]
+
+
+def test_ranks_that_the_machine_lacks_are_skipped(tmp_path):
+    matrix, out = tmp_path / "matrix.json", tmp_path / "result.json"
+    matrix.write_text(json.dumps({"cpu": [{"spec": "gpt2-tiny", "backends": ["ddp"], "options": {"weak": [WEAK]}}]}))
+    words = ("--gpus", str(LACKING), "--matrix", str(matrix), "--out", str(out))
+    done = python("-m", "benchmarks.run", *words)
+    assert done.returncode == 0 and f"cores for {LACKING} ranks: skipped" in done.stdout, done.stderr[-2000:]
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["status"] == "skipped" and row["ran_on"] is None and "this machine has no GPU" in row["reason"]
 
 
 def test_a_run_that_fails_is_a_row(measured):
