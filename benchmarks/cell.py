@@ -72,6 +72,8 @@ def command(cell: Cell, run: Path, steps: int, kind: str) -> list[str]:
     ranks = str(cell.ranks)
     if cell.launcher == "deepspeed":
         head = ["-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", str(_free_port())]
+    elif cell.launcher == "python":
+        head = []
     else:
         head = ["-m", "torch.distributed.run", "--nproc_per_node", ranks]
         head += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]

@@ -125,8 +125,8 @@ def _runs(make: Maker, *, tiny: bool) -> Iterator[Cell]:
     """Recipes, the speed of a larger one, and one rank of a model that is cut over eight."""
     common = ("benchmarks.run", "--matrix", str(MATRIX), "--repeats", "1")
     if tiny:
-        words = (*common, "--gpus", "1,8", "--rehearse", "--steps", "6", "--warm-up", "2")
-        yield make("recipes", "recipes, and one rank of eight", 150, *words)
+        words = (*common, "--gpus", "1,64", "--rehearse", "--steps", "5", "--warm-up", "2")
+        yield make("recipes", "recipes, and one rank of 64", 150, *words)
         return
     steps = ("--gpus", "1", "--steps", "100", "--warm-up", "10")
     for name, row, limit in (

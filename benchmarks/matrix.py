@@ -6,7 +6,7 @@ A file has the lists "gpu" and "cpu"; which of them is taken, the machine decide
      "backends": ["ddp", "zero2"],           names of scaling.parity.BACKENDS
      "set": ["a.b.c=VALUE", …],              changes to the spec, as --set takes them
      "options": {"weak": ["…"], …},          further changes by name; each is measured
-     "launcher": "torchrun"}                 or "deepspeed"
+     "launcher": "torchrun"}                 or "deepspeed", or "python" for one rank
 
 "weak" is what a batch is called that grows with the number of ranks, "strong" one that stays.
 """
@@ -21,7 +21,7 @@ from scaling.errors import UserError
 from scaling.parity import BACKENDS
 
 MATRIX = Path(__file__).parent / "matrix.json"
-LAUNCHERS = ("torchrun", "deepspeed")
+LAUNCHERS = ("torchrun", "deepspeed", "python")
 KEYS = {"spec", "backends", "set", "options", "launcher"}
 LEAST_RANKS = {"hsdp": 4, "zero3-hpz": 4}
 """Of backends that cut the ranks in two."""
@@ -79,13 +79,14 @@ def _problem(entry: Any) -> str | None:
 def cells(entries: Sequence[dict[str, Any]], counts: Sequence[int], only: str = "") -> Iterator[Cell]:
     """All rows of `entries` at each of `counts` whose name has `only` in it; not those that no backend can be."""
     for entry in entries:
+        launcher = entry.get("launcher", LAUNCHERS[0])
         for option, more in (entry.get("options") or {"": []}).items():
             for backend in entry["backends"]:
+                alone = backend == "single" or launcher == "python"
                 for ranks in counts:
-                    if (backend == "single" and ranks > 1) or ranks < LEAST_RANKS.get(backend, 1):
+                    if (alone and ranks > 1) or ranks < LEAST_RANKS.get(backend, 1):
                         continue
                     settings = (*entry.get("set", []), *more, f"backend={json.dumps(BACKENDS[backend])}")
-                    launcher = entry.get("launcher", LAUNCHERS[0])
                     cell = Cell(entry["spec"], backend, option, ranks, settings, launcher)
                     if only in cell.name:
                         yield cell

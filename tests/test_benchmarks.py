@@ -6,7 +6,7 @@ import os
 import time
 
 import pytest
-from processes import ROOT, python
+from processes import ROOT, python, started
 
 from benchmarks import cell as one
 from benchmarks import gpu_suite, results_page, scale
@@ -406,6 +406,21 @@ def test_the_suite_has_commands_that_are_there(tmp_path):
             ).exists(), cell
             if cell.words[0] == "benchmarks.run" and "--only" in cell.words:
                 assert cell.words[cell.words.index("--only") + 1] in rows
+
+
+def test_the_suite_at_tiny_size(tmp_path):
+    """Every command of it, but for the peers, which have tests of their own."""
+    names = [cell.name for cell in gpu_suite.cells(tmp_path, tiny=True) if cell.name != "peers"]
+    done = started("-m", "benchmarks.gpu_suite", "--tiny", "--only", ",".join(names), "--out", str(tmp_path))
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert [(state["name"], state["status"]) for state in found["cells"]] == [(name, "done") for name in names], found
+    assert done.returncode == 0 and "a trial of the commands, no measurement" in (tmp_path / "summary.md").read_text()
+    rows = json.loads((tmp_path / "recipes.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["ok"] * 5
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "Not yet measured on a GPU." in page and "rehearsed: rank 0 of 64 alone on a CPU" in page
+    sizes = json.loads((tmp_path / "largest.json").read_text())["rows"]
+    assert all(row["certain"] and abs(row["found_blocks"] - row["predicted_blocks"]) <= 1 for row in sizes), sizes
 
 
 def test_the_suite_wants_a_gpu(tmp_path, capsys):
