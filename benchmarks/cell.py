@@ -17,13 +17,13 @@ from benchmarks.matrix import Cell
 from scaling.errors import UserError
 from scaling.estimate.time import estimate_time
 from scaling.hardware import Cluster, gpu_from_device_name
-from scaling.rehearse import rehearse_all
 from scaling.run import Job, resolve
 from scaling.run_folder import EXIT, MEMORY, METRICS, OOM
 from scaling.spec import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = (
+    # Every step is recorded, for the spread: what that costs, benchmarks.profiler tells.
     *("validation=null", "checkpoint=null", "profile.interval=1", "tracking.tensorboard=false"),
     "epochs=null",
     'schedule={"kind": "constant", "warmup_steps": 0}',
@@ -119,7 +119,7 @@ def _failure(folder: Path, code: int | None, log: Path, limit_s: float) -> dict[
     ended = _read(folder / EXIT) or {}
     if code is None:
         return {"status": "failed", "reason": f"took longer than {limit_s:.0f} s"}
-    full = ended.get("code") == DOES_NOT_FIT or (folder / OOM).exists()
+    full = DOES_NOT_FIT in (ended.get("code"), code) or (folder / OOM).exists()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     reason = ended.get("reason") or f"exit code {code}: {' / '.join(lines[-3:])}"[:600]
     return {"status": "out of memory" if full else "failed", "reason": reason, "exit_code": ended.get("code", code)}
@@ -178,25 +178,29 @@ def _mean(values: list[float | None]) -> float | None:
 # ---------------------------------------------------------------- a rehearsal
 
 
-def rehearse(cell: Cell, here: Device) -> dict[str, Any]:
-    """Rank 0 of the cell's ranks, alone on this device: memory measured, its own work timed on a GPU.
+def rehearse(cell: Cell, folder: Path, here: Device, limit_s: float, root: Path) -> dict[str, Any]:
+    """Rank 0 of the cell's ranks, alone on this device, by the checkout `root`: memory, and a GPU's time for its work.
 
     What it would wait for the others is the planner's, and so are the times with it: they have names of their own.
     """
-    began = time.time()
-    one = {"spec": cell.spec, "world_size": cell.ranks, "set": settings(cell, 1), "steps": REHEARSED_STEPS}
-    report = next(iter(rehearse_all([one], REHEARSED_STEPS)))
-    found: dict[str, Any] = {"began": began, "seconds": time.time() - began}
-    if "error" in report:
-        full = "does not fit" in report["error"]
-        return found | {"status": "out of memory" if full else "failed", "reason": report["error"]}
-    memory = report["memory"]
+    words = [word for setting in settings(cell, 1) for word in ("--set", setting)]
+    folder.mkdir()
+    out, log = folder / "rehearsed.json", folder / "log"
+    ranks = ("--world-size", str(cell.ranks), "--steps", str(REHEARSED_STEPS))
+    head = [sys.executable, "-m", "scaling.rehearse", "--spec", cell.spec, *ranks, "--json", str(out)]
+    began, others = time.time(), Others()
+    with log.open("w") as file:
+        code = _launch([*head, *words], cores(), here.kind, file, limit_s, root)
+    taken = others.cores()
+    found: dict[str, Any] = {"began": began, "seconds": time.time() - began, "others_cores": taken}
+    found["busy"] = is_busy(taken)
+    report = _read(out)
+    if code != 0 or report is None:
+        return found | _failure(folder, code, log, limit_s)
+    names = ("peak_allocated_bytes", "method", "peak_reserved_bytes", "device_used_bytes")
     found |= {
         "status": "ok",
-        "memory": {
-            name: memory.get(name)
-            for name in ("peak_allocated_bytes", "method", "peak_reserved_bytes", "device_used_bytes")
-        },
+        "memory": {name: report["memory"].get(name) for name in names},
         "predicted": {"memory": report["predicted"], "time": None},
         "compute_seconds": report["compute_seconds"],
     }

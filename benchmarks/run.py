@@ -120,13 +120,14 @@ def _introduction(here: Device, counts: Sequence[int], *, rehearse: bool) -> Ite
 
 
 def _document(side: Side, here: Device, options: Namespace, session: str, before: dict[str, Any]) -> dict[str, Any]:
+    versions = environment(1, here.name)["versions"]
     return {
         "kind": KIND,
         "schema_version": 1,
         "session": session,
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {"kind": here.kind, "device": here.name, "count": here.count, "before": before},
-        "environment": environment(1, here.name if here.kind == "gpu" else "cpu") | checkout(side.root),
+        "environment": {"versions": versions, **checkout(side.root)},
         "asked": {"gpus": options.gpus, "steps": options.steps, "warm_up": options.warm_up, "repeats": options.repeats},
         "beside": options.beside is not None,
         "noise": [],
@@ -168,7 +169,7 @@ def _measure_all(planned: list[Cell], sides: list[Side], here: Device, options: 
 
 def _once(cell: Cell, row: dict[str, Any], run: Path, side: Side, here: Device, options: Namespace) -> dict[str, Any]:
     if row["ran_on"]["rehearsed"]:
-        return rehearse(cell, here)
+        return rehearse(cell, run, here, options.limit, side.root)
     return measure(cell, run, options.steps, options.warm_up, here, options.limit, side.root)
 
 
