@@ -161,7 +161,8 @@ def _measure_all(planned: list[Cell], sides: list[Side], here: Device, options: 
                 run = folder / f"{place}-{repeat}-{sides.index(side)}"
                 row["runs"].append({"repeat": repeat, **_once(planned[place], row, run, side, here, options)})
                 row |= summary(row)
-                print(f"{repeat + 1}/{options.repeats} {line(row)}", flush=True)
+                other = "" if side is sides[0] else f"{side.root.name}: "
+                print(f"{repeat + 1}/{options.repeats} {other}{line(row)}", flush=True)
                 save(side)
     for side in sides:
         save(side)

@@ -1,6 +1,7 @@
 """The runner of benchmarks, comparisons of its results, their page, the suite for one GPU, scale on paper."""
 
 import copy
+import importlib
 import json
 import os
 import time
@@ -9,7 +10,7 @@ import pytest
 from processes import ROOT, python, started
 
 from benchmarks import cell as one
-from benchmarks import gpu_suite, results_page, scale
+from benchmarks import gpu_memory, gpu_suite, results_page, scale
 from benchmarks.compare import compare
 from benchmarks.compare import main as compare_main
 from benchmarks.largest import largest, search
@@ -395,17 +396,21 @@ def test_the_suite_goes_on_where_it_was(tmp_path):
     assert [state["status"] for state in late] == ["done", "done", "left", "left"], "no time to begin anything"
 
 
-def test_the_suite_has_commands_that_are_there(tmp_path):
-    for tiny in (True, False):
-        found = list(gpu_suite.cells(tmp_path, tiny=tiny))
-        assert len({cell.name for cell in found}) == len(found)
-        rows = {cell.name for entries in load_matrix(gpu_suite.MATRIX).values() for cell in cells(entries, (1, 8))}
-        for cell in found:
-            assert (ROOT / cell.words[0].replace(".", "/")).with_suffix(".py").exists() or (
-                ROOT / cell.words[0].replace(".", "/") / "__main__.py"
-            ).exists(), cell
-            if cell.words[0] == "benchmarks.run" and "--only" in cell.words:
-                assert cell.words[cell.words.index("--only") + 1] in rows
+@pytest.mark.parametrize("tiny", [True, False])
+def test_every_command_line_of_the_suite_is_understood(tmp_path, tiny):
+    (tmp_path / "memory-x.json").write_text("{}")
+    found = list(gpu_suite.cells(tmp_path, tiny=tiny))
+    assert len({cell.name for cell in found}) == len(found)
+    rows = {cell.name for cell in cells(load_matrix(gpu_suite.MATRIX)["gpu"], (1, 8))}
+    for cell in found:
+        name, words = cell.words[0], list(cell.words[1:])
+        name += ".__main__" if (ROOT / name.replace(".", "/")).is_dir() else ""
+        options = importlib.import_module(name)._parser().parse_args(words)  # exits where it does not understand
+        assert str(tmp_path / cell.out) in words
+        if name == "benchmarks.run" and options.only:
+            assert options.only in rows, cell
+        if name == "benchmarks.gpu_memory":
+            assert list(gpu_memory.cells(tiny=tiny, only=options.only)), cell
 
 
 def test_the_suite_at_tiny_size(tmp_path):
