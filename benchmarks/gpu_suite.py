@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,20 @@ class Cell:
     """The file in the folder that it writes; with it there the cell is done."""
     limit_s: int
     """Seconds that it may take."""
+    add: str = ""
+    """A pattern: files of the folder that it is given with --add, as they are when it begins."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    folder, here = options.out, device()
+    folder = options.out
+    chosen = _chosen(list(cells(folder, tiny=options.tiny)), options.only)
+    if options.tiny:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a CPU, wherever it is tried
+    here = device()
     if here.kind == "cpu" and not options.tiny:
         raise UserError("`--tiny` must be given where there is no GPU, but is not; add it")
-    chosen = _chosen(list(cells(folder, tiny=options.tiny)), options.only)
     end_on_sigterm()
     (folder / STATES).mkdir(parents=True, exist_ok=True)
     print(f"{len(chosen)} cells on {_place(here)}, {options.minutes} minutes at most, into {folder}", flush=True)
@@ -125,8 +130,8 @@ def _runs(make: Maker, *, tiny: bool) -> Iterator[Cell]:
     """Recipes, the speed of a larger one, and one rank of a model that is cut over eight."""
     common = ("benchmarks.run", "--matrix", str(MATRIX), "--repeats", "1")
     if tiny:
-        words = (*common, "--gpus", "1,64", "--rehearse", "--steps", "5", "--warm-up", "2")
-        yield make("recipes", "recipes, and one rank of 64", 150, *words)
+        words = (*common, "--gpus", "1,512", "--rehearse", "--steps", "5", "--warm-up", "2")
+        yield make("recipes", "recipes, and one rank of 512", 150, *words)
         return
     steps = ("--gpus", "1", "--steps", "100", "--warm-up", "10")
     for name, row, limit in (
@@ -179,10 +184,9 @@ def _recording(make: Maker, *, tiny: bool) -> Cell:
 def _calibration(make: Maker, folder: Path, *, tiny: bool) -> Cell:
     """A trace, which needs no GPU, and all predictions of this folder beside what was measured."""
     traced = "gpt2-124m ddp x8 none" if tiny else "llama-8b fsdp x8 full"
-    words = ["--trace", "--only", traced, "--rows", str(folder / "rows.jsonl")]
-    if measured := sorted(str(path) for path in folder.glob("memory-*.json")):
-        words += ["--add", *measured]
-    return make("calibration", "errors of all predictions", 120, "benchmarks.calibration", *words)
+    words = ("--trace", "--only", traced, "--rows", str(folder / "rows.jsonl"))
+    cell = make("calibration", "errors of all predictions", 120, "benchmarks.calibration", *words)
+    return replace(cell, add="memory-*.json")
 
 
 # ---------------------------------------------------------------- doing it
@@ -220,7 +224,7 @@ def _attempt(cell: Cell, folder: Path, left_s: float) -> dict[str, Any]:
     out, began = folder / cell.out, time.monotonic()
     out.unlink(missing_ok=True)
     log = folder / STATES / f"{cell.name}.log"
-    code = _launch(cell.words, log, min(cell.limit_s, left_s))
+    code = _launch(_with_files(cell, folder), log, min(cell.limit_s, left_s))
     state |= {"seconds": time.monotonic() - began, "exit_code": code, "out": cell.out}
     if code is None:
         return state | {"status": "timed out", "reason": f"took longer than {min(cell.limit_s, left_s):.0f} s"}
@@ -228,6 +232,12 @@ def _attempt(cell: Cell, folder: Path, left_s: float) -> dict[str, Any]:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         return state | {"status": "failed", "reason": " / ".join(lines[-2:])[:400]}
     return state | {"status": "done", "bars_held": code == 0}
+
+
+def _with_files(cell: Cell, folder: Path) -> tuple[str, ...]:
+    """A cell's words, with the files that it is given."""
+    files = sorted(str(path) for path in folder.glob(cell.add)) if cell.add else []
+    return (*cell.words, "--add", *files) if files else cell.words
 
 
 def _launch(words: Sequence[str], log: Path, limit_s: float) -> int | None:

@@ -403,10 +403,12 @@ def test_every_command_line_of_the_suite_is_understood(tmp_path, tiny):
     assert len({cell.name for cell in found}) == len(found)
     rows = {cell.name for cell in cells(load_matrix(gpu_suite.MATRIX)["gpu"], (1, 8))}
     for cell in found:
-        name, words = cell.words[0], list(cell.words[1:])
+        name, *words = gpu_suite._with_files(cell, tmp_path)
         name += ".__main__" if (ROOT / name.replace(".", "/")).is_dir() else ""
         options = importlib.import_module(name)._parser().parse_args(words)  # exits where it does not understand
         assert str(tmp_path / cell.out) in words
+        if name == "benchmarks.calibration.__main__":
+            assert options.add == [tmp_path / "memory-x.json"]
         if name == "benchmarks.run" and options.only:
             assert options.only in rows, cell
         if name == "benchmarks.gpu_memory":
@@ -423,7 +425,7 @@ def test_the_suite_at_tiny_size(tmp_path):
     rows = json.loads((tmp_path / "recipes.json").read_text())["rows"]
     assert [row["status"] for row in rows] == ["ok"] * 5
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "Not yet measured on a GPU." in page and "rehearsed: rank 0 of 64 alone on a CPU" in page
+    assert "Not yet measured on a GPU." in page and "rehearsed: rank 0 of 512 alone on a CPU" in page
     sizes = json.loads((tmp_path / "largest.json").read_text())["rows"]
     assert all(row["certain"] and abs(row["found_blocks"] - row["predicted_blocks"]) <= 1 for row in sizes), sizes
 
