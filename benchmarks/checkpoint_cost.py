@@ -38,6 +38,14 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 """103 M parameters: GPT-2's shape with 11 layers and a smaller vocabulary."""
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+"""What --tiny changes of it."""
 EVERY = 12
 """Steps between two saves."""
 NEIGHBOURS = 4
@@ -86,7 +94,7 @@ def _launch(options: argparse.Namespace, mode: str, folder: Path) -> dict[str, A
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(options.ranks)),
         *("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "benchmarks.checkpoint_cost"),
         *("--worker", mode, "--out", str(out), "--folder", str(folder), "--backend", options.backend),
-        *("--repeats", str(options.repeats)),
+        *("--repeats", str(options.repeats), *(["--tiny"] if options.tiny else [])),
     ]
     subprocess.run(command, check=True)
     return json.loads(out.read_text())
@@ -97,7 +105,7 @@ def _spec(options: argparse.Namespace, ranks: int) -> Any:
 
     spec = {
         "name": "checkpoint-cost",
-        "model": MODEL,
+        "model": MODEL | (TINY if options.tiny else {}),
         "data": {"kind": "synthetic", "samples": 4096, "sequence_length": 128},
         "batch": {"global_batch_size": ranks, "micro_batch_size": 1, "gradient_accumulation_steps": "auto"},
         "optimizer": {"lr": 1e-4},
@@ -121,7 +129,7 @@ def _work(options: argparse.Namespace) -> int:
         found = (_write if options.worker == "write" else _train)(job, process, Path(options.folder), options.repeats)
         if process.is_main:
             device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu"
-            found |= {"ranks": process.world_size, "backend": options.backend}
+            found |= {"ranks": process.world_size, "backend": options.backend, "tiny": options.tiny}
             found |= {"environment": environment(process.world_size, device)}
             Path(options.out).write_text(json.dumps(found))
     return 0
@@ -239,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--backend", default="fsdp", choices=[name for name in BACKENDS if name != "single"])
     parser.add_argument("--repeats", type=int, default=20, help="saves to measure")
+    parser.add_argument("--tiny", action="store_true", help="a model that takes no time: does the command still work?")
     parser.add_argument("--folder", default=".", help="on the disk to be measured")
     parser.add_argument("--out", metavar="FILE", help="the result, as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

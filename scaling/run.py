@@ -66,6 +66,20 @@ class Job:
     allow_import: tuple[str, ...] = ()
     """Packages that the spec may take code from."""
 
+    @property
+    def flops_per_token(self) -> float | None:
+        """Of training, forward and backward; None where it is not known."""
+        return self.flops_per_token_at(attended_length(self.spec))
+
+    def flops_per_token_at(self, length: int) -> float | None:
+        """In sequences of so many tokens; a recorded model is known at the length that it was recorded at."""
+        model = self.spec.model
+        if isinstance(model, Recorded) and (inventory_of(model).ledger is None or length != attended_length(self.spec)):
+            return None
+        frozen = {name for group in self.groups if group.frozen for name in group.names}
+        features = caches_features(self.spec.data)
+        return train_flops_per_token(model, length, frozen, self.spec.lora, features=features)
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -626,19 +640,9 @@ def yardsticks(job: Job, process: "Process") -> "Yardsticks":
 
     path, device = job.spec.profile.hardware, device_name(process)
     measured = None if path is None else gemm_ceiling(path, job.spec.precision, device)
-    spec, longest = job.spec, attended_length(job.spec)
-    shorter = {length: _flops_per_token(job, length) for _, length in growth(spec.data) if curriculum_of(spec.data)}
-    return Yardsticks(_flops_per_token(job, longest), _peak_flops(spec, process), measured, shorter)
-
-
-def _flops_per_token(job: Job, length: int) -> float | None:
-    """Of sequences of so many tokens; a recorded model is known at the length that it was recorded at."""
-    model = job.spec.model
-    if isinstance(model, Recorded) and (inventory_of(model).ledger is None or length != attended_length(job.spec)):
-        return None
-    frozen = {name for group in job.groups if group.frozen for name in group.names}
-    features = caches_features(job.spec.data)
-    return train_flops_per_token(model, length, frozen, job.spec.lora, features=features)
+    spec = job.spec
+    shorter = {n: job.flops_per_token_at(n) for _, n in growth(spec.data) if curriculum_of(spec.data)}
+    return Yardsticks(job.flops_per_token, _peak_flops(spec, process), measured, shorter)
 
 
 def _peak_flops(spec: Spec, process: "Process") -> float | None:

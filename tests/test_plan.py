@@ -20,7 +20,7 @@ from scaling.spec.sections import Decoder
 
 CANDIDATE = {
     *("backend", "activation_checkpointing", "micro_batch_size", "gradient_accumulation_steps", "global_batch_size"),
-    *("fits", "reason", "memory", "time", "set"),
+    *("tokens_per_step", "fits", "reason", "memory", "time", "set"),
 }
 TIME = {"step_seconds", "mean_step_seconds", "tokens_per_second_per_gpu", "mfu", "parts"}
 MEMORY = {"peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "low_bytes", "high_bytes", "peak_phase"}

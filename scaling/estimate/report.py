@@ -14,7 +14,7 @@ from scaling.estimate.search import Candidate, Found, Rejected, known
 from scaling.estimate.time import estimate_time
 from scaling.groups import Group
 from scaling.hardware import Cluster, gpu_from_device_name
-from scaling.inventory import sample_length
+from scaling.inventory import attended_length
 from scaling.records import BatchPlan
 from scaling.spec import Spec
 from scaling.spec.sections import caches_features
@@ -30,7 +30,7 @@ def report(spec: Spec, found: Found, margin: float) -> dict[str, Any]:
     """The whole result. All numbers about memory and time are predicted; null is what is not known."""
     groups = found.groups
     frozen = [name for group in groups if group.frozen for name in group.names]
-    length, features = sample_length(spec), caches_features(spec.data)
+    length, features = attended_length(spec), caches_features(spec.data)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
@@ -66,6 +66,7 @@ def candidate_report(candidate: Candidate) -> dict[str, Any]:
         "micro_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "global_batch_size": plan.global_batch,
+        "tokens_per_step": plan.global_tokens,
         "fits": candidate.fits,
         "reason": candidate.reason,
         "memory": memory_report(candidate.memory),

@@ -22,7 +22,7 @@ def adapter_inserter(lora: Lora, targets: Sequence[str]) -> Callable[[nn.Module]
     try:
         from peft import LoraConfig, inject_adapter_in_model  # only when asked for: it takes seconds
         from peft.tuners.lora import Linear
-        from peft.tuners.lora.layer import Conv1D  # transformers', where that is installed
+        from peft.tuners.lora.layer import Conv1D  # pyright: ignore[reportPrivateImportUsage] - transformers'
     except ImportError as error:
         raise UserError(
             f"`lora` must be null where peft is not installed ({error}), but is set; `pip install 'scaling[lora]'`"
