@@ -367,15 +367,11 @@ def test_wilsons_interval():
 
 
 def test_a_checkpoint_acts(tmp_path):
-    flags = ("--set", "max_steps=2", "--set", "validation=null", "--set", "data.simulated_episodes=8")
-    flags += (
-        "--set",
-        "backend.kind=single",
-        "--set",
-        f"data.cache={tmp_path}/cache",
-        "--set",
-        "tracking.tensorboard=false",
+    sets = (
+        *("max_steps=2", "schedule.warmup_steps=1", "validation=null", "data.simulated_episodes=8"),
+        *("backend.kind=single", f"data.cache={tmp_path}/cache", "tracking.tensorboard=false"),
     )
+    flags = [word for setting in sets for word in ("--set", setting)]
     run = tmp_path / "run"
     done = python("launch/train.py", "--spec", "atlas-vla-tiny", "--run-dir", str(run), *flags)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
