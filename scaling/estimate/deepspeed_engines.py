@@ -12,7 +12,7 @@ from scaling.estimate.torch_engines import Single, whole_frozen
 from scaling.groups import Group
 from scaling.inventory import ADAPTERS, Parameter, adapted_layers, block_finder, tied
 from scaling.records import BatchPlan
-from scaling.spec.sections import PPO, DeepSpeed, Spec
+from scaling.spec.sections import PPO, Spec
 
 DOUBLE = 8
 """Bytes of an element in which norms are taken: `get_norm_dtype`."""
@@ -360,8 +360,7 @@ class ZeRO3(Single):
         self.zero: dict[str, Any] = rendered["zero_optimization"]
         ops.zero3_linear = self.zero["memory_efficient_linear"]
         self.checks_overflow = spec.precision != "fp32"
-        backend = spec.backend
-        self.shards_frozen = not isinstance(backend, DeepSpeed) or backend.shards_frozen
+        self.shards_frozen = spec.backend.shards_frozen
         self.trained = [group for group in groups if not group.frozen]
         self.sizes: dict[str, int] = {}
         self.whole: dict[str, Storage] = {}

@@ -23,7 +23,7 @@ from scaling.hardware import GPU
 from scaling.inventory import parameters
 from scaling.records import BatchPlan
 from scaling.render import render
-from scaling.spec.sections import PPO, Decoder, DeepSpeed, Spec, in_chunks
+from scaling.spec.sections import PPO, Decoder, Spec, in_chunks
 from scaling.units import GiB
 
 PER_SEQUENCE = 2**64
@@ -128,9 +128,8 @@ class MemoryModel:
     def _persistent_share(self) -> float:
         """Of the elements that ZeRO-3 cuts, those that it never cuts again."""
         limit = self._rendered["zero_optimization"]["stage3_param_persistence_threshold"]
-        backend = self._spec.backend
-        keeps = isinstance(backend, DeepSpeed) and not backend.shards_frozen
-        whole = {name for group in self._groups if group.frozen and keeps for name in group.names}
+        cut = self._spec.backend.shards_frozen
+        whole = {name for group in self._groups if group.frozen and not cut for name in group.names}
         sizes = [p.elements for p in parameters(self._spec.model, self._spec.lora) if p.name not in whole]
         return sum(size for size in sizes if size <= limit) / sum(sizes)
 

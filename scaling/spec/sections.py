@@ -814,6 +814,11 @@ class Single(Section):
 
     kind: Literal["single"]
 
+    @property
+    def shards_frozen(self) -> bool:
+        """Whether parameters that do not train are cut over the ranks."""
+        return False
+
 
 class DDP(Section):
     """Every rank holds everything; gradients are averaged (torch DistributedDataParallel)."""
