@@ -28,7 +28,7 @@ from scaling.estimate.memory import (
     FRAGMENTS_HIGH,
     FRAGMENTS_LOW,
 )
-from scaling.estimate.report import report
+from scaling.estimate.report import PHASES, report
 from scaling.estimate.search import MARGIN, Candidate, Found, flags, known, search
 from scaling.groups import Group
 from scaling.hardware import GPU, GPUS, Cluster, load_hardware, parse_gpus
@@ -378,7 +378,7 @@ def _ledger(candidate: Candidate, groups: Sequence[Group]) -> list[Sheet]:
     ]
     times = [
         [name, _duration(seconds), TIME_WORDS.get(name, PART_WORDS.get(name, ""))]
-        for name, seconds in duration.parts.items()
+        for name, seconds in (dict.fromkeys(PHASES, 0.0) | duration.parts).items()
     ]
     times.append(["step", _duration(duration.step_seconds), "their sum: one optimizer step"])
     columns = ["part", ">bytes", "what it is", "formula or source"]

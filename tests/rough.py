@@ -35,7 +35,7 @@ class RoughMemory:
         parts = {"parameters": self.states, "activations": activations, "logits": logits}
         peak = sum(parts.values())
         used = peak + GiB // 2
-        return MemoryEstimate(peak, peak, used, used - GiB // 4, used + GiB // 4, "backward", parts, self.host)
+        return MemoryEstimate(peak, peak, used, used - GiB // 4, used + GiB // 4, "backward", parts, {}, self.host)
 
 
 def rough_time(spec, plan, groups, rendered, cluster):

@@ -189,7 +189,7 @@ def test_the_loss_stops_where_it_is_clipped():
 def test_rewards():
     assert overlap("The cat sat.", "the cat SAT") == 1.0 and overlap("dog", "cat") == 0.0 and overlap("", "") == 0.0
     assert overlap("a a b", "a c") == pytest.approx(2 / 5)
-    spec = load_spec("minimind-ppo-tiny").objective
+    spec = load_spec("minimind-ppo").objective
     assert build_reward(spec, ())([""], ["x y"], ["y z"]) == [0.5]
 
 

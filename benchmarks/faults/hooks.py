@@ -202,13 +202,13 @@ def limit_tensors(place: str, size: int, put: Callable[[Any, str, Any], None] = 
     if place == "trial":
         limited(fit, "take_steps", "trial")
     else:
-        limited(train, "run", "build")
+        limited(train, "run_job", "build")
 
 
 def _limit_address_space(more: int) -> None:
     from scaling import train
 
-    real = train.run
+    real = train.run_job
 
     def call(*arguments: Any, **settings: Any) -> Any:
         for name in ("torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "scaling.loop"):
@@ -219,7 +219,7 @@ def _limit_address_space(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (now + more, resource.RLIM_INFINITY))
         return real(*arguments, **settings)
 
-    train.run = call
+    train.run_job = call
 
 
 def _spoil_loss(number: int) -> None:
