@@ -97,7 +97,7 @@ def test_the_run_folder_has_what_the_contract_says(tmp_path):
         *("step", "loss", "grad_norm", "lr", "tokens", "samples_seen", "step_seconds", "tokens_per_second"),
         *("tokens_per_second_per_device", "mfu", "memory", "time", "device", "skipped"),
         *("first_sample", "bad_ranks", "samples_per_second", "mfu_of_mamf", "pauses", "energy", "ranks"),
-        *("window_steps", "warm_up", "wall_time"),
+        *("window_steps", "warm_up", "wall_time", "sequence_length", "gradient_norms"),
     }
     assert record["lr"].keys() == {"slow", "rest", "rest/undecayed"}
     assert record["samples_seen"] == 64 and record["tokens"] == 64 * 64
