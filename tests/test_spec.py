@@ -159,7 +159,8 @@ def test_set_kind_works_where_the_section_is_absent(path: str) -> None:
 
 def test_to_json_spells_out_the_defaults(path: str) -> None:
     written = load_spec(path).to_json()
-    assert written["backend"] == {"kind": "fsdp", "reshard_after_forward": True, "replicate": 1, "cpu_offload": False}
+    backend = {"kind": "fsdp", "reshard_after_forward": True, "replicate": 1, "cpu_offload": False, "frozen": None}
+    assert written["backend"] == backend
     assert written["optimizer"]["betas"] == [0.9, 0.95]
     assert Spec.model_validate_json(json.dumps(written)).to_json() == written
 
