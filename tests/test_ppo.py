@@ -293,6 +293,7 @@ def test_the_reference_is_what_training_started_from(tmp_path):
     assert again[0] == pytest.approx(0, abs=1e-5), "and its value head begins afresh"
 
 
+@pytest.mark.long
 def test_the_reward_rises(tmp_path):
     reward = {"kind": "factory", "target": "own_rewards:letters"}
     objective = {"reward": reward, "kl_coef": 0.0, "epochs": 2}
