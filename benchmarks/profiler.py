@@ -184,6 +184,9 @@ class _Nothing:
     def begin(self, step: int) -> None:
         pass
 
+    def norms_of(self, step: int) -> None:
+        pass
+
     def step(self, *arguments: Any, **more: Any) -> list[Any]:
         return []
 

@@ -3,10 +3,13 @@
 import json
 import logging
 import math
+import re
 
 import pytest
 import torch
+from processes import ROOT
 
+from benchmarks import profiler
 from scaling.engine.process import Process
 from scaling.errors import NonFinite
 from scaling.nonfinite import GoBack, NonFinitePolicy
@@ -334,3 +337,9 @@ def test_what_a_cpu_cannot_say_is_none():
     assert DeviceMonitor(CPU).read() == UNKNOWN
     memory = MemoryMonitor(CPU).read()
     assert memory["allocated_peak_bytes"] is None and memory["host_rss_bytes"] > 1e6
+
+
+def test_what_stands_for_the_recorder_in_its_benchmark_has_all_that_training_asks_of_it() -> None:
+    source = (ROOT / "scaling" / "loop.py").read_text(encoding="utf-8")
+    asked = set(re.findall(r"recorder\.([a-z_]+)", source)) - {"validation"}  # which the benchmark has none of
+    assert asked >= {"step", "clock"} and all(hasattr(profiler._Nothing(), name) for name in asked), asked
