@@ -111,8 +111,12 @@ def _tuned(work: Work, recipe: str, base: str) -> dict[str, Any]:
     return {"recipe": recipe, "base": base, "first": first, "last": last}
 
 
+def _minimind_sft(work: Work) -> dict[str, Any]:
+    return _tuned(work, "minimind-sft-tiny", "minimind-pretrain-tiny")
+
+
 def sft(work: Work) -> dict[str, Any]:
-    rows = [_tuned(work, "gpt2-dolly-tiny", "gpt2-tiny"), _tuned(work, "minimind-sft-tiny", "minimind-pretrain-tiny")]
+    rows = [_tuned(work, "gpt2-dolly-tiny", "gpt2-tiny"), _minimind_sft(work)]
     return {"check": "sft", "rows": rows, "holds": all(row["last"]["loss"] < row["first"]["loss"] for row in rows)}
 
 
@@ -122,7 +126,7 @@ def lora(work: Work) -> dict[str, Any]:
 
 
 def dpo(work: Work) -> dict[str, Any]:
-    sft(work)
+    _minimind_sft(work)
     start = f"initialize_from={json.dumps(str(work.folder / 'minimind-sft-tiny'))}"
     last = work.last(work.train("minimind-dpo-tiny", "", start))
     return {"check": "dpo", "last": last, "holds": last["measures"]["accuracy"] > ACCURACY}
@@ -131,7 +135,7 @@ def dpo(work: Work) -> dict[str, Any]:
 def ppo(work: Work) -> dict[str, Any]:
     """The reward of sampled responses to held-out prompts, after one step, at the LR that warm-up begins with, and
     after the last; the same prompts and the same noise both times."""
-    sft(work)
+    _minimind_sft(work)
     start = f"initialize_from={json.dumps(str(work.folder / 'minimind-sft-tiny'))}"
     first = work.last(work.train("minimind-ppo-tiny", "minimind-ppo-tiny-first", start, stop_after=1))
     last = work.last(work.train("minimind-ppo-tiny", "", start))
