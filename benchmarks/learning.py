@@ -150,7 +150,7 @@ def atlas(work: Work) -> dict[str, Any]:
         out = work.folder / f"atlas-{name}.json"
         command = [sys.executable, "-m", "scaling.rollout", str(run), "--trials", str(TRIALS), "--json", str(out)]
         subprocess.run([*command, *flags], cwd=ROOT, check=True)
-        found[name] = json.loads(out.read_text())
+        found[name] = {key: value for key, value in json.loads(out.read_text()).items() if key != "checkpoint"}
     still = _frozen_is_as_it_was(run)
     holds = found["trained"]["success"] > SUCCESS and found["untrained"]["success"] < FAILURE and still
     return {"check": "atlas", **found, "frozen_bit_identical": still, "holds": holds}
