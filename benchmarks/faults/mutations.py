@@ -68,15 +68,26 @@ _VLA: Spec = {
     "param_groups": [{"name": "vision", "match": ["vision.*"], "freeze": True}, {"name": "rest", "match": ["*"]}],
 }
 """A model of another kind, with what goes with it."""
+_EPISODES: Spec = _VLA | {
+    "data": {"kind": "episodes", "train": ["simulated-arm"], "tokenizer": "words.json", "sequence_length": 24},
+    "initialize_parts": [{"part": "vision", "path": "vit", "names": {"patch_embed.*": "projection.*"}}],
+}
+"""It with demonstrations, and weights of one part."""
 
 _WORDS: Spec = {"train": ["*.jsonl"], "tokenizer": "words.json", "sequence_length": 64}
 _SFT: Spec = {"objective": {"kind": "sft", "cross_entropy": "plain"}, "data": {"kind": "chat", **_WORDS}}
 _DPO: Spec = {"objective": {"kind": "dpo", "beta": 0.2}, "data": {"kind": "preference", **_WORDS}}
+_PPO: Spec = {
+    "model": SMALL["model"] | {"value_head": True},
+    "objective": {"kind": "ppo", "reward": {"kind": "pattern", "pattern": "yes"}, "max_new_tokens": 8},
+    "data": {"kind": "chat", "packing": False, **_WORDS},
+}
 """Objectives with the data that they want."""
 
 _RECORDED: Spec = {"data": {"kind": "synthetic", "sequence_length": 64}, "param_groups": SMALL["param_groups"][1:]}
 _FACTORY: Spec = _RECORDED | {
-    "model": {"kind": "factory", "target": "my_code.models:build", "arguments": {"layers": 2}, "inventory": "own.json"}
+    "model": {"kind": "factory", "target": "my_code.models:build", "arguments": {"layers": 2}, "inventory": "own.json"},
+    "data": {"kind": "factory", "target": "my_code.data:build", "sequence_length": 64},
 }
 _HUGGINGFACE: Spec = _RECORDED | {"model": {"kind": "huggingface", "path": "model", "inventory": "model.json"}}
 """Models whose parts are in a file."""
@@ -89,7 +100,13 @@ _VARIANTS: dict[str, list[Any]] = {
     ],
     "data": [
         {"kind": "synthetic", "sequence_length": 64},
-        {"kind": "text", "train": ["*.txt"], "validation": ["held/*.txt"], "sequence_length": 64},
+        {
+            "kind": "text",
+            "train": ["*.txt"],
+            "validation": ["held/*.txt"],
+            "sequence_length": 64,
+            "sequence_curriculum": {"min_length": 16, "steps": 4},
+        },
         {"kind": "tokens", "train": ["*.bin"], "ignore_token_id": 0, "sequence_length": 64},
     ],
     "schedule": [
@@ -126,7 +143,7 @@ def maximal_specs() -> list[Spec]:
     for index in range(max(map(len, _VARIANTS.values()))):
         chosen = {section: kinds[index % len(kinds)] for section, kinds in _VARIANTS.items()}
         found.append(Validated.model_validate_json(json.dumps(SMALL | chosen)).to_json())
-    for other in (_VLA, _SFT, _DPO, _FACTORY, _HUGGINGFACE):
+    for other in (_VLA, _EPISODES, _SFT, _DPO, _PPO, _FACTORY, _HUGGINGFACE):
         found.append(Validated.model_validate_json(json.dumps(SMALL | other)).to_json())
     return found
 
@@ -143,11 +160,11 @@ def containers(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def key_places(spec: Spec) -> list[tuple[Path, str]]:
-    """Each key of the spec as (path of its object, key), but for the free ones of a factory's arguments."""
+    """Each key of the spec as (path of its object, key), but for the free ones of arguments and of maps of names."""
     return [
         (path, key)
         for path, node in containers(spec)
-        if isinstance(node, dict) and path[-1:] != ("arguments",)
+        if isinstance(node, dict) and path[-1:] not in (("arguments",), ("names",))
         for key in node
     ]
 

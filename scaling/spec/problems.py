@@ -128,7 +128,10 @@ class _Detail:
         elif self.type == "missing" and isinstance(self.path[-1], int):
             self.path, self.schema, self.type = self.path[:-1], self.parent, "too_short"
         elif self.type == "extra_forbidden":
-            self.meant = _near(str(self.path[-1]), schema.keys(self.parent))
+            key, known, section = str(self.path[-1]), list(schema.keys(self.parent)), document.get(self.path[:-1])
+            section = section if isinstance(section, dict) else {}
+            # Rather one that is not there: who writes `paht` beside `path` means another.
+            self.meant = _near(key, [name for name in known if name not in section]) or _near(key, known)
         self.value = document.get(self.path)
 
     def where(self) -> str:
@@ -367,7 +370,7 @@ def _fitting(value: str, pattern: str) -> str | None:
     return candidate if re.search(pattern, candidate) else None
 
 
-def _first(names: Sequence[str], characters: int = 80) -> str:
+def _first(names: Sequence[str], characters: int = 60) -> str:
     """The names, or as many of them as keep the line readable."""
     fitting = [name for i, name in enumerate(names) if len(", ".join(names[: i + 1])) <= characters]
     return ", ".join(names) if len(fitting) == len(names) else f"{', '.join(fitting)}, ... ({len(names)} in all)"
