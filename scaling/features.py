@@ -10,7 +10,7 @@ import logging
 import os
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -169,8 +169,7 @@ class _Store:
         with ExitStack() as held:
             file = self._begin(process, held)
             title = f"asking vision about {self._count:,} moments"
-            bar = progress_in_bytes(title, self._count * self._width) if process.is_main else nullcontext(_nothing)
-            with bar as advance:
+            with progress_in_bytes(title, self._count * self._width, shown=process.is_main) as advance:
                 for row in _asked(engine, process, heartbeat, source.images, self._width, at_a_time):
                     if file is not None:
                         with self._told():
@@ -228,7 +227,3 @@ def _asked(
             yield from process.sum_over_ranks(everyones).cpu().numpy()[:left]
             left -= min(left, ranks)
     engine.module.train()
-
-
-def _nothing(count: int) -> None:
-    pass

@@ -38,7 +38,7 @@ from scaling.render import render
 from scaling.spec import Document, Spec, parse_spec, placed, read_document
 from scaling.spec.sections import PPO, curriculum_of
 from scaling.units import GiB, format_bytes, format_count, format_seconds
-from scaling.view import PART_SIGNS, Bar, Sheet, print_sheet
+from scaling.view import PART_SIGNS, Bar, Sheet, backend_words, print_sheet
 
 COUNTS = (1, 4, 8)
 """GPUs in the table of hours and costs, then doubled up to those of the machine."""
@@ -274,7 +274,7 @@ def _ranking(found: Found, top: int) -> Sheet:
         rows.append(
             [
                 str(place),
-                _strategy(candidate),
+                str(backend_words(candidate.spec.backend.model_dump())),
                 candidate.spec.activation_checkpointing,
                 f"{candidate.plan.micro_batch} x {candidate.plan.accumulation}",
                 f"{candidate.memory.high_bytes / GiB:.1f}" + ("" if candidate.fits is not False else " !"),
@@ -299,25 +299,7 @@ def _bar(candidate: Candidate, usable: int | None) -> Bar:
 
 def _words(candidate: Candidate) -> str:
     plan, mode = candidate.plan, candidate.spec.activation_checkpointing
-    return f"{_strategy(candidate)}, checkpointing {mode}, {plan.sentence}"
-
-
-def _strategy(candidate: Candidate) -> str:
-    """The backend in a few words: "ZeRO-2, optimizer on the host"."""
-    backend = candidate.spec.backend.model_dump()
-    words = [f"ZeRO-{backend['zero_stage']}" if "zero_stage" in backend else str(backend["kind"])]
-    if backend.get("reshard_after_forward") is False:
-        words.append("kept gathered")
-    if backend.get("replicate", 1) > 1:
-        words.append(f"{backend['replicate']} replicas")
-    if backend.get("frozen") == "replicate" and (backend["kind"] == "fsdp" or backend.get("zero_stage") == 3):
-        words.append("frozen parts whole")
-    for part in ("optimizer", "parameters"):
-        if place := backend.get(f"offload_{part}"):
-            words.append(f"{part} on {place}")
-    if backend.get("cpu_offload"):
-        words.append("all on cpu")
-    return ", ".join(words)
+    return f"{backend_words(candidate.spec.backend.model_dump())}, checkpointing {mode}, {plan.sentence}"
 
 
 PART_WORDS = {
@@ -435,7 +417,7 @@ def _comparison(spec: Spec, results: Sequence[Found], usd: float | None) -> Shee
         rows.append(
             [
                 found.cluster.name,
-                f"{_strategy(best)}, {best.spec.activation_checkpointing}",
+                f"{backend_words(best.spec.backend.model_dump())}, {best.spec.activation_checkpointing}",
                 f"{best.plan.micro_batch} x {best.plan.accumulation}",
                 f"{best.memory.high_bytes / GiB:.1f}",
                 _figure(speed, ",.0f"),
@@ -472,7 +454,7 @@ def _costs(spec: Spec, cluster: Cluster, options: Namespace) -> Sheet:
         rows.append(
             [
                 machine.name,
-                f"{_strategy(best)}, {best.spec.activation_checkpointing}",
+                f"{backend_words(best.spec.backend.model_dump())}, {best.spec.activation_checkpointing}",
                 f"{best.plan.micro_batch} x {best.plan.accumulation}",
                 _figure(best.speed, ",.0f"),
                 *_length(spec, best, count, options.usd_per_gpu_hour),

@@ -6,8 +6,6 @@ backend and number of ranks, compares with the very same numbers, and no second 
 
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +63,8 @@ def _ask(
     """Each rank asks about its share, all of them equally often: collectives are in every forward pass."""
     found = torch.zeros(len(dataset), 2, dtype=torch.float64)
     engine.module.eval()
-    with torch.no_grad(), _progress(process, len(dataset)) as advance:
+    bar = progress_in_items("asking the reference", len(dataset), "pairs", shown=process.is_main)
+    with torch.no_grad(), bar as advance:
         for first in range(0, len(dataset), micro_batch * process.world_size):
             heartbeat.part()
             places = first + process.rank * micro_batch + np.arange(micro_batch)
@@ -76,13 +75,6 @@ def _ask(
             advance(min(micro_batch * process.world_size, len(dataset) - first))
     engine.module.train()
     return process.sum_over_ranks(found.to(process.device)).cpu().float()
-
-
-def _progress(process: Process, pairs: int) -> AbstractContextManager[Callable[[int], None]]:
-    """One bar for all ranks."""
-    if process.is_main:
-        return progress_in_items("asking the reference", pairs, "pairs")
-    return nullcontext(lambda count: None)
 
 
 def _write(path: Path, found: torch.Tensor) -> None:

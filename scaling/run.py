@@ -342,7 +342,7 @@ def _train(
         validation_interval=spec.validation.interval if spec.validation else None,
         save_best=spec.checkpoint is not None and spec.checkpoint.best,
     )
-    length = length_at(spec.data) if curriculum_of(spec.data) else lambda step: plan.sequence_length
+    length = length_at(spec.data) if curriculum_of(spec.data) else None
     policy = NonFinitePolicy(spec.on_nonfinite, spec.nonfinite_limit)
     if policy.action == "rollback" and progress.step == 0:
         keeper.save(engine, progress)  # something to go back to
@@ -361,7 +361,7 @@ def _train(
                 world_size=process.world_size,
                 first_samples=places,
                 device=process.device,
-                pieces=(plan.sequence_length // length(step) for step in count(progress.step)),
+                pieces=length and (plan.sequence_length // length(step) for step in count(progress.step)),
             )
         try:
             with closing(batches):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from scaling.records import BatchPlan
 from scaling.units import format_count
@@ -23,6 +23,27 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Columns of text that goes to a file, whatever the terminal: two runs' logs can then be compared line by line."""
+
+
+def backend_words(backend: Mapping[str, Any]) -> str | None:
+    """The backend of a spec in a few words: "ZeRO-2, optimizer on the cpu"; None where there is none."""
+    if "kind" not in backend:
+        return None
+    words = [f"ZeRO-{backend['zero_stage']}" if backend.get("zero_stage") else str(backend["kind"])]
+    if backend.get("reshard_after_forward") is False:
+        words.append("kept gathered")
+    if (backend.get("replicate") or 1) > 1:
+        words.append(f"{backend['replicate']} replicas")
+    if backend.get("frozen") == "replicate" and (backend["kind"] == "fsdp" or backend.get("zero_stage") == 3):
+        words.append("frozen parts whole")
+    words += [
+        f"{part} on the {place}"
+        for part in ("optimizer", "parameters")
+        if isinstance(place := backend.get(f"offload_{part}"), str)
+    ]
+    if backend.get("cpu_offload"):
+        words.append("all on the cpu")
+    return ", ".join(words)
 
 
 class GroupRow(Protocol):

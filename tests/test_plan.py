@@ -401,3 +401,12 @@ def test_nothing_fits_is_exit_code_3_after_the_table(capsys):
     assert code == 3 and "0 fit" in out and err.startswith("`--gpus` must be a machine on which llama-8b fits")
     code, out, err = plan(capsys, *impossible, "--json")
     assert code == 3 and json.loads(out)["candidates"] and len(err.splitlines()) == 1
+
+
+def test_the_readme_shows_what_is_printed(capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin = "$ python -m scaling.plan "
+    command, *shown = readme[readme.index(begin) :].partition("\n```")[0].splitlines()
+    _, out, _ = plan(capsys, *command.removeprefix(begin).split())
+    printed = [line.rstrip() for line in out.splitlines()]
+    assert len(shown) > 4 and [line for line in shown if line != "…" and line not in printed] == []

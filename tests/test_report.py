@@ -15,9 +15,9 @@ from scaling.errors import UserError
 from scaling.report import run_report
 from scaling.report.__main__ import main
 from scaling.report.charts import extremes, means, stretches
-from scaling.report.figures import backend_words
 from scaling.report.page import page
 from scaling.summarize import read_run
+from scaling.view import backend_words
 
 GiB = 2**30
 

@@ -8,21 +8,27 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_in_bytes(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the number of bytes dealt with since its last call."""
-    with _progress(title, total_bytes, f"{total_bytes / 1e6:.1f} MB", counted=False) as advance:
+def progress_in_bytes(title: str, total_bytes: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with the number of bytes dealt with since its last call.
+
+    Unless `shown` nothing is told: of ranks that do the same together one tells.
+    """
+    with _progress(title, total_bytes, f"{total_bytes / 1e6:.1f} MB", counted=False, shown=shown) as advance:
         yield advance
 
 
 @contextmanager
-def progress_in_items(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the number of items dealt with since its last call; `unit` is their plural."""
-    with _progress(title, total, f"{total:,} {unit}", counted=True) as advance:
+def progress_in_items(title: str, total: int, unit: str, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """The same of items; `unit` is their plural."""
+    with _progress(title, total, f"{total:,} {unit}", counted=True, shown=shown) as advance:
         yield advance
 
 
 @contextmanager
-def _progress(title: str, total: int, told: str, *, counted: bool) -> Iterator[Callable[[int], None]]:
+def _progress(title: str, total: int, told: str, *, counted: bool, shown: bool) -> Iterator[Callable[[int], None]]:
+    if not shown:
+        yield lambda count: None
+        return
     logger, started = logging.getLogger(__name__), time.monotonic()
     if sys.stderr.isatty():
         with _bar(title, total, counted=counted) as advance:

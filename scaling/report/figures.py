@@ -10,6 +10,7 @@ from scaling.doctor import examine
 from scaling.errors import UserError
 from scaling.run_folder import METRICS
 from scaling.summarize import RunData, at, column, goodput, is_number, names, read_run
+from scaling.view import backend_words
 
 SCHEMA_VERSION = 1
 MEMORY = {
@@ -91,27 +92,6 @@ def figures(run: RunData) -> dict[str, Any]:
 def _findings(run: RunData) -> list[dict[str, Any]]:
     """What the doctor has to say of the run: "rule", "severity", "title", "evidence", "threshold", "advice", "set"."""
     return [dataclasses.asdict(finding) for finding in examine(run)]
-
-
-def backend_words(backend: dict[str, Any]) -> str | None:
-    """The backend of a spec in a few words: "ZeRO-2, optimizer on the cpu"; None where there is none."""
-    if "kind" not in backend:
-        return None
-    words = [f"ZeRO-{backend['zero_stage']}" if backend.get("zero_stage") else str(backend["kind"])]
-    if backend.get("reshard_after_forward") is False:
-        words.append("kept gathered")
-    if (backend.get("replicate") or 1) > 1:
-        words.append(f"{backend['replicate']} replicas")
-    if backend.get("frozen") == "replicate" and (backend["kind"] == "fsdp" or backend.get("zero_stage") == 3):
-        words.append("frozen parts whole")
-    words += [
-        f"{part} on the {place}"
-        for part in ("optimizer", "parameters")
-        if isinstance(place := backend.get(f"offload_{part}"), str)
-    ]
-    if backend.get("cpu_offload"):
-        words.append("all on the cpu")
-    return ", ".join(words)
 
 
 def time_parts(run: RunData) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from scaling.report.blocks import Block, charts, document, leaves, parts_table, section, stack, table, text
 from scaling.report.charts import Curve, Grids, Source, band, layers, lines, validation
-from scaling.report.figures import MEMORY, TIMES, backend_words, parsed
+from scaling.report.figures import MEMORY, TIMES, parsed
 from scaling.report.head import PEAK, facts, findings, status, tiles
 from scaling.report.words import (
     PHASES,
@@ -22,7 +22,7 @@ from scaling.report.words import (
 )
 from scaling.summarize import RunData, at, column, is_number, names
 from scaling.units import format_bytes, format_count, format_seconds
-from scaling.view import Sheet
+from scaling.view import Sheet, backend_words
 
 ROWS = 200
 """Of a table of events; the newest are shown."""

@@ -133,8 +133,9 @@ class _Transformer(Section):
     dropout: Fraction = 0.0
     """Dropout probability on embeddings, attention and residual branches."""
     initializer_range: Positive = 0.02
-    """Standard deviation of initial weights; projections back into the residual stream get it over sqrt(2 x layers).
-    A narrow part learns sooner from about 1 / sqrt(hidden_size)."""
+    """Standard deviation of initial weights; projections back into the residual stream get it over sqrt(2 x layers),
+    those of pixels, states, actions and times 1 / sqrt(inputs). A narrow part learns sooner from about
+    1 / sqrt(hidden_size)."""
 
     def contradictions(self) -> Iterator[str]:
         if self.hidden_size % self.num_attention_heads:
