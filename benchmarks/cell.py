@@ -2,17 +2,15 @@
 
 import json
 import os
-import signal
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import Device, Others, cores, is_busy
+from benchmarks.machine import Device, Others, cores, is_busy, run_within
 from benchmarks.matrix import Cell
 from scaling.errors import UserError
 from scaling.estimate.time import estimate_time
@@ -98,20 +96,11 @@ def measure(
 
 
 def _launch(words: Sequence[str], threads: int, kind: str, log: Any, limit_s: float, root: Path) -> int | None:
-    """The exit code; None where the command took longer than `limit_s`, and was ended with all it started."""
     environment = {**os.environ, "PYTHONPATH": str(root)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if kind == "cpu":
         environment["OMP_NUM_THREADS"] = str(threads)
-    started = subprocess.Popen(words, cwd=root, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        return started.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
-            started.wait()
+    return run_within(limit_s, words, cwd=root, env=environment, output=log)
 
 
 def _failure(folder: Path, code: int | None, log: Path, limit_s: float) -> dict[str, Any]:

@@ -14,8 +14,6 @@ Exit code 0 where every cell is done, whether its bars held or not; 1 where some
 import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results_page
-from benchmarks.machine import Device, device, end_on_sigterm
+from benchmarks.machine import Device, device, end_on_sigterm, run_within
 from scaling.errors import CommandLine, UserError, positive, run_command
 from scaling.run_folder import environment
 from scaling.units import format_seconds
@@ -241,29 +239,9 @@ def _with_files(cell: Cell, folder: Path) -> tuple[str, ...]:
 
 
 def _launch(words: Sequence[str], log: Path, limit_s: float) -> int | None:
-    """The exit code; None where it took longer, and was ended with all that it had started."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     with log.open("w") as file:
-        started = subprocess.Popen(
-            [sys.executable, "-m", *words], cwd=ROOT, env=environ, stdout=file, stderr=file, start_new_session=True
-        )
-        try:
-            return started.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if started.poll() is None:
-                os.killpg(started.pid, signal.SIGTERM)
-                _end(started)
-
-
-def _end(started: "subprocess.Popen[bytes]") -> None:
-    """Wait for what was asked to end, and end what does not."""
-    try:
-        started.wait(5)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
+        return run_within(limit_s, [sys.executable, "-m", *words], cwd=ROOT, env=environ, output=file)
 
 
 # ---------------------------------------------------------------- what came of it

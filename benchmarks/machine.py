@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 BUSY = 0.05
 """Share of all cores, and of a GPU's time, from which on what others take may show in a figure."""
@@ -100,6 +101,30 @@ def taken_gpus(gpus: list[dict[str, float]]) -> int:
 def end_on_sigterm() -> None:
     """End as sys.exit does, so that what was started is ended too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def run_within(
+    limit_s: float, words: Sequence[str], *, cwd: Path, env: Mapping[str, str], output: IO[str]
+) -> int | None:
+    """Run a command; its exit code, or None where it took longer, and was ended with all that it had started."""
+    started = subprocess.Popen(words, cwd=cwd, env=env, stdout=output, stderr=output, start_new_session=True)
+    try:
+        return started.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGTERM)
+            _end(started)
+
+
+def _end(started: "subprocess.Popen[bytes]") -> None:
+    """Wait for what was asked to end, and end what does not."""
+    try:
+        started.wait(5)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
 
 
 def is_busy(others_cores: float | None) -> bool:
