@@ -31,7 +31,7 @@ DISPATCH = {
 }
 """One `match` on the backend per direction: spec -> dict, spec -> engine, spec -> what the engine holds, and costs; and
 the words for what it holds."""
-LEGALITY = {"batch.py", "spec/sections.py"}
+LEGALITY = {"batch.py", "spec/sections/spec.py"}
 """May ask for a backend's own rule about the number of ranks; it chooses nothing."""
 
 

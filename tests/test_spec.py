@@ -93,7 +93,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
 
 def test_schema_file_is_current() -> None:
     assert json.loads(SCHEMA.read_text()) == spec_schema(), (
-        "scaling/spec/schema.json must be the schema of scaling/spec/sections.py, but is another; "
+        "scaling/spec/schema.json must be the schema of scaling/spec/sections, but is another; "
         "run: python -m scaling.spec schema > scaling/spec/schema.json"
     )
 

@@ -1,6 +1,6 @@
 """The JSON Schema of a spec, and the way through it: which keys, kinds and values stand at a path.
 
-Messages and `--set` learn the rules from the schema, so that no rule of sections.py is written twice.
+Messages and `--set` learn the rules from the schema, so that no rule of the sections is written twice.
 """
 
 from collections.abc import Iterator
