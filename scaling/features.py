@@ -24,9 +24,10 @@ from scaling.engine.precision import DTYPES
 from scaling.engine.process import Process
 from scaling.engine.protocol import Engine, cut
 from scaling.errors import StorageError, UserError
-from scaling.inventory import CHECKSUM_BYTES, feature_bytes, parameters, patches
+from scaling.inventory import CHECKSUM_BYTES, feature_bytes, parameters, seen_shape
+from scaling.models.huggingface_vla import described
 from scaling.spec import Spec
-from scaling.spec.sections import EpisodeData, Vla
+from scaling.spec.sections import AnyVla, EpisodeData
 from scaling.units import format_bytes
 from scaling.watch.heartbeat import Heartbeat
 
@@ -54,18 +55,19 @@ def with_features(
     StorageError where the folder cannot be used or has no room.
     """
     model, data = spec.model, spec.data
-    assert isinstance(model, Vla) and isinstance(data, EpisodeData) and datasets[0] is not None
+    assert isinstance(model, AnyVla) and isinstance(data, EpisodeData) and datasets[0] is not None
     names = {parameter.name for parameter in parameters(model) if parameter.name.startswith("vision.")}
     weights = _digest_of_weights(names, engine, process)
-    shape = model.vision.model_dump_json(exclude={"dropout"})  # which what is frozen has none of
-    width = feature_bytes(model.vision, spec.precision)
+    # Without its dropout, which what is frozen has none of.
+    shape = model.vision.model_dump_json(exclude={"dropout"}) + described(model)
+    width = feature_bytes(model, spec.precision)
     found: list[np.ndarray] = []
     for source in datasets[0].sources:
         parts = (_FORMAT, shape, spec.precision, weights, source.digest)
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
         store = _Store(Path(data.cache), key, len(source.images), width)
         rows = store.rows(engine, process, heartbeat, source, min(micro_batch, _AT_A_TIME))
-        found.append(rows.reshape(len(rows), model.vision.views * patches(model.vision), -1))
+        found.append(rows.reshape(len(rows), seen_shape(model)[0], -1))
     dtype = DTYPES[spec.precision]
     return [None if dataset is None else dataset.with_features(found, dtype) for dataset in datasets]
 

@@ -25,7 +25,7 @@ from scaling.inventory import dropout
 from scaling.rehearse import forks
 from scaling.run_folder import strict
 from scaling.spec import Spec, load_spec
-from scaling.spec.sections import HuggingFace
+from scaling.spec.sections import HuggingFace, HuggingFaceVla
 from scaling.view import parity_table, print_table
 
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -100,7 +100,9 @@ def measure(spec: Spec, combinations: Sequence[tuple[str, int]], steps: int) -> 
     """Train `spec` for `steps` steps in each combination of backend and world size, in real processes."""
     curves: list[Curve] = []
     preload = ["peft"] if spec.lora is not None else []
-    preload += ["transformers.models.auto.modeling_auto"] if isinstance(spec.model, HuggingFace) else []
+    preload += (
+        ["transformers.models.auto.modeling_auto"] if isinstance(spec.model, HuggingFace | HuggingFaceVla) else []
+    )
     preload += ["deepspeed"] if any(name.startswith("zero") for name, _ in combinations) else []
     with tempfile.TemporaryDirectory(prefix="scaling-parity-") as folder:
         spec_file = Path(folder) / "spec.json"

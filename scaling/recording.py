@@ -44,12 +44,12 @@ from scaling.groups import resolve_groups
 from scaling.inventory import parameters, sequences
 from scaling.inventory.recorded import SCHEMA_VERSION, fingerprint, keep_inventory
 from scaling.models.recipe import ModelRecipe, canonical_name, module_path
-from scaling.models.recorded import build, find_blocks, inventory_found, parameters_of, recorded_recipe
+from scaling.models.recorded import blocks_in, build, inventory_found, parameters_of, recorded_recipe
 from scaling.objectives import Objective, build_objective
-from scaling.rehearse import made_up_text, made_up_tokens, no_gc
+from scaling.rehearse import made_up, made_up_tokens, no_gc
 from scaling.run_folder import versions
 from scaling.spec import Spec
-from scaling.spec.sections import Recorded
+from scaling.spec.sections import HuggingFaceVla, Recorded, caches_features
 from scaling.trace import fake_tensors, replaced
 
 aten = torch.ops.aten
@@ -330,8 +330,6 @@ class Recording:
     recipe: ModelRecipe
     frozen: Collection[str]
     objective: Objective
-    words: int
-    """Of the vocabulary."""
 
 
 def record(
@@ -423,7 +421,7 @@ def _passes(
             compute_in(module, dtype)
         prepare_blocks(module, recipe.blocks, checkpointing=mode, compiled=False)
         module.train()
-        batch = made_up_text(spec, job.words, count)
+        batch = made_up(spec, count)
         recorder = Recorder(module, recipe.blocks, list(vars(batch).values()))
         functions: dict[str, Any] = dict(_GPU_KERNELS) if kernels == "gpu" else {}
         functions |= {"linear": _KeepingLinear.apply} if zero3_linear else {}
@@ -528,6 +526,18 @@ class _KeepingLinear(torch.autograd.Function):
 # ---------------------------------------------------------------- the inventory file
 
 
+def _words_of(module: nn.Module, length: int) -> int:
+    """Logits that it gives for each token."""
+    output = module(made_up_tokens(2, 2, length).inputs)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise UserError(
+            "`model` must return logits, [batch, sequence, vocabulary], for token ids, but returns a "
+            f"{type(output).__name__}; correct its module"
+        )
+    return logits.shape[-1]
+
+
 def write_inventory(spec: Spec, allow_import: Sequence[str], tell: Callable[[str], None]) -> None:
     """Record the model of `spec`, and write its inventory file; `tell` hears what is under way. Raises UserError."""
     model = spec.model
@@ -535,23 +545,18 @@ def write_inventory(spec: Spec, allow_import: Sequence[str], tell: Callable[[str
     tell("building the model")
     with fake_tensors():
         module = build(model, allow_import)
-        listed, found = parameters_of(module), inventory_found(model, module, find_blocks(module))
-        compute_in(module, DTYPES[spec.precision])
-        output = module(made_up_tokens(2, 2, spec.data.sequence_length).inputs)
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor) or logits.dim() != 3:
-            raise UserError(
-                "`model` must return logits, [batch, sequence, vocabulary], for token ids, but returns a "
-                f"{type(output).__name__}; correct its module"
-            )
-        found = replace(found, vocab_size=logits.shape[-1])
+        listed = parameters_of(module)
+        found = inventory_found(model, module, blocks_in(model, module), allow_import)
+        if not isinstance(model, HuggingFaceVla):
+            compute_in(module, DTYPES[spec.precision])
+            found = replace(found, vocab_size=_words_of(module, spec.data.sequence_length))
     bare = model.model_copy(update={"inventory": None})
     keep_inventory(bare, found)  # for who asks for the adapters, before there is a file
     groups = resolve_groups(spec.param_groups, spec.optimizer, parameters(bare, spec.lora))
     frozen = {name for group in groups if group.frozen for name in group.names}
     objective = build_objective(spec.objective, allow_import, from_logits=True)
     recipe = recorded_recipe(bare, found.blocks, spec.seed, allow_import, lora=spec.lora)
-    job = Recording(spec, recipe, frozen, objective, logits.shape[-1])
+    job = Recording(spec.model_copy(update={"model": bare}), recipe, frozen, objective)
     events: dict[str, dict[str, list[Event]]] = {kernels: {} for kernels in KERNELS}
     work: dict[str, list[dict[str, Any]]] = {}
     for kernels in KERNELS:
@@ -571,11 +576,13 @@ def write_inventory(spec: Spec, allow_import: Sequence[str], tell: Callable[[str
         "buffer_bytes": found.buffer_bytes,
         "vocab_size": found.vocab_size,
         "linears": found.linears,
+        "seen": found.seen,
         "ledger": {
             "sequence_length": spec.data.sequence_length,
             "precision": spec.precision,
             "objective": spec.objective.model_dump(mode="json"),
             "lora": spec.lora.model_dump(mode="json") if spec.lora else None,
+            "features": caches_features(spec.data),
             "frozen": sorted(frozen),
             "versions": versions(),
             "events": events,

@@ -29,11 +29,11 @@ from scaling.estimate.memory import MemoryModel
 from scaling.estimate.report import memory_report
 from scaling.hardware import gpu_from_device_name
 from scaling.imports import add_allow_import
-from scaling.inventory import CHANNELS, inventory_of, parameters, patches, sequences
+from scaling.inventory import CHANNELS, parameters, seen_shape, sequences, words
 from scaling.run import Job, device_name, resolve
 from scaling.run_folder import environment
 from scaling.spec import Spec, load_spec
-from scaling.spec.sections import PPO, Decoder, Recorded, Vla, caches_features, packs
+from scaling.spec.sections import PPO, AnyVla, Decoder, Recorded, caches_features, packs
 from scaling.units import format_bytes, format_seconds
 from scaling.watch.exhausted import Exhausted
 
@@ -375,19 +375,19 @@ def made_up(spec: Spec, count: int) -> "Samples":
     from scaling.engine.precision import DTYPES
 
     model, length = spec.model, spec.data.sequence_length
-    if not isinstance(model, Vla):
-        words = model.vocab_size if isinstance(model, Decoder) else inventory_of(model).vocab_size
-        assert words is not None, "an inventory file says it"
-        return made_up_text(spec, words, count)
+    known = words(model)
+    assert known is not None, "an inventory file says it"
+    if not isinstance(model, AnyVla):
+        return made_up_text(spec, known, count)
     vision, action = model.vision, model.action
     if caches_features(spec.data):
-        images = torch.rand(count, vision.views * patches(vision), vision.hidden_size).to(DTYPES[spec.precision])
+        images = torch.rand(count, *seen_shape(model)).to(DTYPES[spec.precision])
     else:
         size = (count, vision.views, vision.image_size, vision.image_size, CHANNELS)
         images = torch.randint(256, size, dtype=torch.uint8)
     return ActionBatch(
         images=images,
-        instruction=torch.randint(model.language.vocab_size, (count, length)),
+        instruction=torch.randint(known, (count, length)),
         state=torch.rand(count, action.state_dim),
         actions=torch.rand(count, action.chunk_size, action.action_dim),
         action_is_pad=torch.zeros(count, action.chunk_size, dtype=torch.bool),

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling.errors import CheckpointError, CommandLine, UserError, positive, run_command, write_output
-from scaling.inventory import parameters
+from scaling.imports import add_allow_import
+from scaling.inventory import parameters, words
 from scaling.spec import Spec, parse_spec
 from scaling.spec.document import document_of
-from scaling.spec.sections import EpisodeData, Vla
+from scaling.spec.sections import AnyVla, EpisodeData
 
 if TYPE_CHECKING:  # torch takes seconds to import: a wrong command line is refused before
     import numpy as np
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"`RUN_DIR_OR_CHECKPOINT` must be a run folder or a checkpoint of this project, but {source} is none; "
             "look for folders named step-*"
         )
-    policy = load_policy(source, untrained=options.untrained)
+    policy = load_policy(source, untrained=options.untrained, allow_import=options.allow_import)
     found = roll_out(policy, options.trials, options.seed, options.execute, keep_pictures=options.gif is not None)
     report = _report(options, source, found)
     if options.gif:
@@ -84,24 +85,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load_policy(checkpoint: Path, *, untrained: bool = False) -> Policy:
-    """The policy of a checkpoint, or as it was before its training, on the CPU in fp32. Raises CheckpointError."""
+def load_policy(checkpoint: Path, *, untrained: bool = False, allow_import: Sequence[str] = ()) -> Policy:
+    """The policy of a checkpoint, or as it was before its training, on the CPU in fp32. `allow_import`: packages that
+    a model's own code may come from. Raises CheckpointError and UserError."""
     import torch
 
     from scaling.checkpoint.format import read_state
     from scaling.checkpoint.weights import open_weights
     from scaling.data.episodes import Scale
     from scaling.models.build import model_recipe
+    from scaling.models.recorded import look_at
 
     state = read_state(checkpoint)
     spec = parse_spec(document_of("spec.json", json.dumps(state["spec"])))
     facts = state.get("data_facts")
-    if not isinstance(spec.model, Vla) or not isinstance(spec.data, EpisodeData) or not facts:
+    if not isinstance(spec.model, AnyVla) or not isinstance(spec.data, EpisodeData) or not facts:
         raise CheckpointError(
             f'`{checkpoint}` must be of a run with `data.kind` "episodes", but is of "{spec.data.kind}"; train on '
             "demonstrations"
         )
-    recipe = model_recipe(spec, filled=True)
+    look_at(spec.model, allow_import)
+    recipe = model_recipe(spec, allow_import, filled=True)
     module = recipe.build()
     with torch.no_grad(), closing(open_weights(checkpoint, spec.model)) as weights:
         for name, value in module.named_parameters():
@@ -121,7 +125,7 @@ def roll_out(policy: Policy, trials: int, seed: int, execute: int, *, keep_pictu
     from scaling.data.hashing import derive
 
     data, model = policy.spec.data, policy.spec.model
-    assert isinstance(data, EpisodeData) and isinstance(model, Vla)
+    assert isinstance(data, EpisodeData) and isinstance(model, AnyVla)
     _check_fits(model, execute)
     tables = arm.start(derive(TRIALS_SEED, seed), np.arange(trials))
     plan = _planner(policy, arm.instructions(tables))
@@ -152,8 +156,10 @@ def _planner(policy: Policy, told: Sequence[str]) -> "Callable[[Tables], np.ndar
     from scaling.data.tokenizer import open_tokenizer
 
     data, model = policy.spec.data, policy.spec.model
-    assert isinstance(data, EpisodeData) and isinstance(model, Vla)
-    tokenizer, size = open_tokenizer(data.tokenizer, model.language.vocab_size), model.vision.image_size
+    assert isinstance(data, EpisodeData) and isinstance(model, AnyVla)
+    known, size = words(model), model.vision.image_size
+    assert known is not None, "load_policy has looked"
+    tokenizer = open_tokenizer(data.tokenizer, known)
     ids = torch.from_numpy(np.stack([instruction_ids(text, tokenizer, data) for text in told]))
     views = [arm.CAMERAS.index(name.rpartition(".")[2]) for name in data.cameras or sorted(arm.CAMERAS)]
     shape = (len(told), model.action.chunk_size, model.action.action_dim)
@@ -176,7 +182,7 @@ def _planner(policy: Policy, told: Sequence[str]) -> "Callable[[Tables], np.ndar
     return plan
 
 
-def _check_fits(model: Vla, execute: int) -> None:
+def _check_fits(model: AnyVla, execute: int) -> None:
     from scaling.data import arm
 
     wanted = {"state_dim": arm.STATE_DIM, "action_dim": arm.ACTION_DIM}
@@ -247,6 +253,7 @@ def _parser() -> CommandLine:
     parser.add_argument("--untrained", action="store_true", help="the model as it was before its training")
     parser.add_argument("--json", metavar="FILE", help="the result as JSON")
     parser.add_argument("--gif", metavar="FILE", help=f"the first {SHOWN} trials, to look at")
+    add_allow_import(parser)
     return parser
 
 

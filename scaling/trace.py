@@ -140,8 +140,9 @@ def fake_tensors() -> Iterator[None]:
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
     """(owner, name, what stands there for fake tensors)."""
+    import torch
     import torch.distributed as dist
-    import torch.distributed._tools.fake_collectives  # noqa: F401  # pyright: ignore[reportUnusedImport] - registers how collectives take them
+    import torch.distributed._tools.fake_collectives  # pyright: ignore[reportUnusedImport] - registers how collectives take them
     from torch import nn
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.distributed.device_mesh import init_device_mesh
@@ -152,6 +153,14 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         with unset_fake_temporarily():
             return init_device_mesh(*arguments, **more)
 
+    real_swap = torch.utils.swap_tensors
+
+    def swap(one: Any, other: Any) -> None:
+        if one.device != other.device:
+            real_swap(one, other)
+
+    # nn.Module puts a new fake parameter in the place of each; one that is where it belongs has a memo that forbids it.
+    yield torch.utils, "swap_tensors", swap
     # A mesh keeps ranks in a tensor, and reads them.
     yield torch_engine, "init_device_mesh", real_mesh
     # DeepSpeed moves the model to the one device there is, which would swap tensors that fake tensors refer to.

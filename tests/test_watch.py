@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -219,7 +220,8 @@ def test_a_dead_rank_is_named_and_the_others_end(folder, fault, cause):
     assert "rank 1 died in `data` of step 3" in found["reason"]
     assert (folder / "lost-0").read_text() == found["reason"]  # what the other rank says is the same
     assert errors.count(found["reason"]) == 1
-    assert "exitcode  : 9 " in errors, errors  # rank 0's
+    # Of rank 0, by its watchdog; or by torchrun, where that has seen the death before it.
+    assert re.search(r"exitcode  : (9|-15) ", errors), errors
     if fault == "crash":  # how a process has died is its parent's to know; but it has dumped its stacks
         assert cause in found["reason"]
         assert "go_wrong" in (failure(folder) / "stacks-rank-1.txt").read_text()

@@ -74,6 +74,19 @@ _EPISODES: Spec = _VLA | {
 }
 """It with demonstrations, and weights of one part."""
 
+_HUGGINGFACE_VLA: Spec = _EPISODES | {
+    "model": {
+        "kind": "huggingface_vla",
+        "vision": {"kind": "huggingface", "path": "model", "image_size": 16, "views": 2},
+        "language": {"kind": "huggingface", "path": "model"},
+        "fusion": _VLA["model"]["fusion"],
+        "action": _VLA["model"]["action"],
+        "inventory": "model.json",
+    },
+    "initialize_parts": [],
+}
+"""It with parts by transformers."""
+
 _WORDS: Spec = {"train": ["*.jsonl"], "tokenizer": "words.json", "sequence_length": 64}
 _SFT: Spec = {"objective": {"kind": "sft", "cross_entropy": "plain"}, "data": {"kind": "chat", **_WORDS}}
 _DPO: Spec = {"objective": {"kind": "dpo", "beta": 0.2}, "data": {"kind": "preference", **_WORDS}}
@@ -143,7 +156,7 @@ def maximal_specs() -> list[Spec]:
     for index in range(max(map(len, _VARIANTS.values()))):
         chosen = {section: kinds[index % len(kinds)] for section, kinds in _VARIANTS.items()}
         found.append(Validated.model_validate_json(json.dumps(SMALL | chosen)).to_json())
-    for other in (_VLA, _EPISODES, _SFT, _DPO, _PPO, _FACTORY, _HUGGINGFACE):
+    for other in (_VLA, _EPISODES, _SFT, _DPO, _PPO, _FACTORY, _HUGGINGFACE, _HUGGINGFACE_VLA):
         found.append(Validated.model_validate_json(json.dumps(SMALL | other)).to_json())
     return found
 

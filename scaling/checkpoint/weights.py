@@ -32,7 +32,7 @@ from scaling.checkpoint.store import BEST, LATEST, MANIFEST, Store, problems_of
 from scaling.errors import CheckpointError, UserError
 from scaling.inventory import VALUE_HEAD, adapted_layers, parameters, tied
 from scaling.run_folder import CHECKPOINTS
-from scaling.spec.sections import Decoder, FactoryModel, HuggingFace, Lora, Model, Recorded, Vla
+from scaling.spec.sections import Decoder, FactoryModel, HuggingFace, HuggingFaceVla, Lora, Model, Recorded, Vla
 
 logger = logging.getLogger("scaling")
 
@@ -289,11 +289,12 @@ def _spare_head(
 
 def parse_model(path: Path, section: Any) -> Model:
     """The `model` of a spec that was saved in `path`."""
-    kinds: dict[str, type[Decoder] | type[Vla] | type[HuggingFace] | type[FactoryModel]] = {
+    kinds: dict[str, type[Decoder | Vla | HuggingFace | FactoryModel | HuggingFaceVla]] = {
         "decoder": Decoder,
         "vla": Vla,
         "huggingface": HuggingFace,
         "factory": FactoryModel,
+        "huggingface_vla": HuggingFaceVla,
     }
     with suppress(ValueError, RecursionError, KeyError, TypeError):
         return kinds[section["kind"]].model_validate_json(json.dumps(section))

@@ -8,8 +8,8 @@ import torch
 
 from scaling.data.dataset import ActionBatch
 from scaling.data.hashing import derive, derive_each, uniform
-from scaling.inventory import CHANNELS
-from scaling.spec.sections import Vla
+from scaling.inventory import CHANNELS, words
+from scaling.spec.sections import AnyVla
 
 _TASKS = 4
 """Instructions there are, each of which wants another direction."""
@@ -30,7 +30,7 @@ class SyntheticActions:
     stream: int
     """0 for training and 1 for validation."""
     samples: int
-    model: Vla
+    model: AnyVla
     tokens: int
     """In an instruction."""
     masked_fraction: float = 0.0
@@ -39,7 +39,7 @@ class SyntheticActions:
     @property
     def fingerprint(self) -> str:
         vision, action = self.model.vision, self.model.action
-        sizes = (vision.views, vision.image_size, self.model.language.vocab_size)
+        sizes = (vision.views, vision.image_size, self._words)
         return repr((self.stream, self.samples, *sizes, action.chunk_size, action.action_dim, self.masked_fraction))
 
     def __len__(self) -> int:
@@ -73,8 +73,13 @@ class SyntheticActions:
         return (pixels % np.uint64(_TEXTURE)).astype(np.uint8).reshape(size, size, CHANNELS)
 
     def _instructions(self, tasks: np.ndarray) -> np.ndarray:
-        vocabulary = self.model.language.vocab_size
-        return (tasks[:, None] + _TASKS * np.arange(self.tokens)) % vocabulary
+        return (tasks[:, None] + _TASKS * np.arange(self.tokens)) % self._words
+
+    @cached_property
+    def _words(self) -> int:
+        found = words(self.model)
+        assert found is not None, "whoever looks at a vla finds it"
+        return found
 
     def _actions(self, tasks: np.ndarray, states: np.ndarray, colours: np.ndarray) -> np.ndarray:
         action = self.model.action

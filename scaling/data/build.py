@@ -13,12 +13,12 @@ from scaling.data.synthetic import SyntheticDataset
 from scaling.data.text import open_text_data
 from scaling.data.tokens import open_token_data
 from scaling.errors import UserError
-from scaling.inventory import inventory_of
+from scaling.inventory import words
 from scaling.spec.sections import (
     PPO,
     SFT,
+    AnyVla,
     ChatData,
-    Decoder,
     EpisodeData,
     FactoryData,
     PreferenceData,
@@ -26,7 +26,6 @@ from scaling.spec.sections import (
     SyntheticData,
     TextData,
     TokenData,
-    Vla,
 )
 
 UNKNOWN = 2**31
@@ -43,14 +42,14 @@ def build_datasets(spec: Spec, allow_import: Sequence[str] = ()) -> tuple[Datase
     if isinstance(spec.data, FactoryData):
         return open_given_data(spec.data, allow_import, wants_validation=spec.validation is not None)
     model = spec.model
-    if isinstance(model, Vla):
+    if isinstance(model, AnyVla):
         data = spec.data
         if isinstance(data, EpisodeData):
             return open_episode_data(data, model)
         assert isinstance(data, SyntheticData), "the spec refuses others"
         length, masked = data.sequence_length, data.masked_fraction
         return _streams(data, lambda number, count: SyntheticActions(spec.seed, number, count, model, length, masked))
-    vocab_size = model.vocab_size if isinstance(model, Decoder) else inventory_of(model).vocab_size
+    vocab_size = words(model)
     if vocab_size is None:  # of a module that nobody has looked into
         if isinstance(spec.data, SyntheticData):
             raise UserError(

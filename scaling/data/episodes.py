@@ -19,8 +19,8 @@ from scaling.data.lerobot import Camera, Episode, Folder, write_folder
 from scaling.data.progress import progress_in_bytes
 from scaling.data.tokenizer import Tokenizer, open_tokenizer
 from scaling.errors import UserError
-from scaling.inventory import CHANNELS
-from scaling.spec.sections import SIMULATED_ARM, EpisodeData, Vla
+from scaling.inventory import CHANNELS, words
+from scaling.spec.sections import SIMULATED_ARM, AnyVla, EpisodeData
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +148,14 @@ class EpisodeDataset:
         )
 
 
-def open_episode_data(data: EpisodeData, model: Vla) -> tuple[EpisodeDataset, EpisodeDataset | None]:
+def open_episode_data(data: EpisodeData, model: AnyVla) -> tuple[EpisodeDataset, EpisodeDataset | None]:
     """The training and the validation samples; images are decoded now if they are not in the cache.
 
     Errors: UserError for folders that cannot be used, StorageError for the cache folder.
     """
-    tokenizer = open_tokenizer(data.tokenizer, model.language.vocab_size)
+    known = words(model)
+    assert known is not None, "whoever looks at a vla finds it"
+    tokenizer = open_tokenizer(data.tokenizer, known)
     train = [_open(folder, data, model) for folder in _folders(data.train, "data.train", data)]
     if isinstance(data.validation, list):
         held = [_open(folder, data, model) for folder in _folders(data.validation, "data.validation", data)]
@@ -216,7 +218,7 @@ def _folders(names: Sequence[str], field: str, data: EpisodeData) -> list[Path]:
     return found
 
 
-def _open(path: Path, data: EpisodeData, model: Vla) -> _Opened:
+def _open(path: Path, data: EpisodeData, model: AnyVla) -> _Opened:
     folder = Folder(path, data.state, data.action)
     rows, texts = folder.rows, folder.instructions()
     for field, values, name in (("action_dim", rows.action, data.action), ("state_dim", rows.state, data.state)):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scaling.inventory import CHECKSUM_BYTES, feature_bytes
-from scaling.spec.sections import SIMULATED_ARM, EpisodeData, Spec, Vla
+from scaling.spec.sections import SIMULATED_ARM, AnyVla, EpisodeData, Spec
 
 INFO = "meta/info.json"
 """Of a folder of demonstrations: among other things how many moments they have (LeRobot's layout)."""
@@ -25,9 +25,9 @@ class FeatureCache:
 def feature_cache(spec: Spec) -> FeatureCache | None:
     """What `data.cache_features` takes; None where it is not set."""
     model, data = spec.model, spec.data
-    if not (isinstance(model, Vla) and isinstance(data, EpisodeData) and data.cache_features):
+    if not (isinstance(model, AnyVla) and isinstance(data, EpisodeData) and data.cache_features):
         return None
-    each = feature_bytes(model.vision, spec.precision) + CHECKSUM_BYTES
+    each = feature_bytes(model, spec.precision) + CHECKSUM_BYTES
     held_out = data.validation if isinstance(data.validation, list) else []
     names = dict.fromkeys([*data.train, *held_out])
     counts = [_moments(Path(data.simulated_folder if name == SIMULATED_ARM else name)) for name in names]

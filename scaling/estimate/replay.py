@@ -8,7 +8,7 @@ from scaling.estimate.ops import FLOAT, Ops
 from scaling.estimate.tape import Node, Storage, Value
 from scaling.estimate.torch_engines import Single
 from scaling.inventory import ledger_of
-from scaling.spec.sections import Recorded, Spec
+from scaling.spec.sections import Recorded, Spec, caches_features
 
 
 def recorded_ledger(spec: Spec, model: Recorded, frozen: Collection[str]) -> Mapping[str, Any]:
@@ -19,10 +19,11 @@ def recorded_ledger(spec: Spec, model: Recorded, frozen: Collection[str]) -> Map
         "precision": spec.precision,
         "objective": spec.objective.model_dump(mode="json"),
         "lora": spec.lora.model_dump(mode="json") if spec.lora else None,
+        "features": caches_features(spec.data),
         "frozen": sorted(frozen),
     }
     for name, value in wanted.items():
-        if (recorded := ledger.get(name)) != value:
+        if (recorded := ledger.get(name, False)) != value:
             was, now = (recorded, value) if name in ("sequence_length", "precision") else ("others", "these")
             raise UserError(
                 f"`model.inventory` must be recorded for the spec's {_WORDS[name]} ({now}), but "
@@ -36,6 +37,7 @@ _WORDS = {
     "precision": "precision",
     "objective": "objective",
     "lora": "lora",
+    "features": "data.cache_features",
     "frozen": "frozen parameters",
 }
 

@@ -21,6 +21,7 @@ from scaling.spec.sections import (
     Decoder,
     FactoryModel,
     HuggingFace,
+    HuggingFaceVla,
     Spec,
     Vla,
     caches_features,
@@ -80,9 +81,9 @@ def batch_sizes(spec: Spec, plan: BatchPlan, *, cuda: bool) -> list[int]:
             if isinstance(spec.objective, DPO):  # what the reference makes of each
                 sizes.append(FLOAT * plan.micro_batch * sequences(spec))
             return sizes * plan.accumulation
-        case Vla() as model:
+        case Vla() | HuggingFaceVla() as model:
             text = text_length(model, plan.sequence_length)
-            features = feature_bytes(model.vision, spec.precision) if caches_features(spec.data) else None
+            features = feature_bytes(model, spec.precision) if caches_features(spec.data) else None
             return vla.batch_sizes(model, plan.micro_batch, text, features) * (1 if cuda else plan.accumulation)
 
 
@@ -112,7 +113,7 @@ def _played_model(
                 compiled=compiled,
                 features=caches_features(spec.data),
             )
-        case FactoryModel() | HuggingFace() as model:
+        case FactoryModel() | HuggingFace() | HuggingFaceVla() as model:
             ledger = recorded_ledger(spec, model, frozen)
             kernels, recorded = "gpu" if ops.cuda else "cpu", ledger["events"]
             if ops.zero3_linear:

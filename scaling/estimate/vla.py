@@ -6,11 +6,11 @@ from scaling.estimate.decoder import Hooks, PlayedBlocks
 from scaling.estimate.ops import FLOAT, LONG, Ops
 from scaling.estimate.tape import Value
 from scaling.inventory import CHANNELS, TIME_FEATURES, head_dim, patches, shapes, text_length
-from scaling.spec.sections import BehaviourCloning, Objective, Vla
+from scaling.spec.sections import AnyVla, BehaviourCloning, Objective, Vla
 from scaling.units import ALLOCATION_BYTES
 
 
-def batch_sizes(model: Vla, batch: int, text: int, features: int | None = None) -> list[int]:
+def batch_sizes(model: AnyVla, batch: int, text: int, features: int | None = None) -> list[int]:
     """Bytes that each tensor of an ActionBatch takes; `features`: of what vision made of a sample's images, where that
     stands in their place."""
     vision, action = model.vision, model.action

@@ -4,6 +4,7 @@ A test builds the real module on the meta device and finds the same names and sh
 of transformers', it is in the inventory file that the section names.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 
 from scaling.errors import UserError
 from scaling.inventory.recorded import Inventory, Parameter, read_inventory
-from scaling.spec.sections import Decoder, Fusion, Lora, Model, PreferenceData, Recorded, Spec, Vision, Vla
+from scaling.spec.sections import AnyVla, Decoder, Fusion, Lora, Model, PreferenceData, Recorded, Spec, Vision, Vla
 from scaling.units import WIDTHS
 
 ADAPTERS = ("lora_A", "lora_B")
@@ -155,6 +156,13 @@ def head_dim(model: Decoder) -> int:
     return model.head_dim or model.hidden_size // model.num_attention_heads  # divisible: the spec refuses others
 
 
+def words(model: Model) -> int | None:
+    """How many words `model` reads: token ids are below it. None of a module that nobody has looked into."""
+    if isinstance(model, Recorded):
+        return inventory_of(model).vocab_size
+    return model.vocab_size if isinstance(model, Decoder) else model.language.vocab_size
+
+
 def dropout(model: Model) -> float:
     """The largest dropout probability of any part, as far as the spec says it."""
     if isinstance(model, Recorded):
@@ -184,9 +192,22 @@ CHECKSUM_BYTES = 4
 """Of the features of one sample on disk."""
 
 
-def feature_bytes(vision: Vision, precision: str) -> int:
+def seen_shape(model: AnyVla) -> tuple[int, int]:
+    """Of what vision makes of the images of one sample: tokens of all views, and the width of each."""
+    if isinstance(model, Vla):
+        return model.vision.views * patches(model.vision), model.vision.hidden_size
+    found = inventory_of(model).seen
+    if found is None:
+        raise UserError(
+            "`model.inventory` must be of a vla and say what its vision gives, but does not; run `python -m "
+            "scaling.inventory SPEC` again"
+        )
+    return found
+
+
+def feature_bytes(model: AnyVla, precision: str) -> int:
     """Of what vision makes of the images of one sample, in the type that training computes in; without checksum."""
-    return vision.views * patches(vision) * vision.hidden_size * WIDTHS[precision]
+    return math.prod(seen_shape(model)) * WIDTHS[precision]
 
 
 def sample_length(spec: Spec) -> int:
@@ -196,7 +217,7 @@ def sample_length(spec: Spec) -> int:
     of the instruction (`data.sequence_length`) and the actions of a chunk.
     """
     length = spec.data.sequence_length
-    return length + _beside_text(spec.model) if isinstance(spec.model, Vla) else sequences(spec) * length
+    return length + _beside_text(spec.model) if isinstance(spec.model, AnyVla) else sequences(spec) * length
 
 
 def sequences(spec: Spec) -> int:
@@ -211,24 +232,27 @@ def attended_length(spec: Spec) -> int:
 
 def text_length(model: Model, length: int) -> int:
     """Tokens of text in a sample of so many positions: the reverse of `sample_length`."""
-    return length - _beside_text(model) if isinstance(model, Vla) else length
+    return length - _beside_text(model) if isinstance(model, AnyVla) else length
 
 
 def context_length(model: Vla, text: int) -> int:
     """Tokens that the action queries look at: all views, the instruction, the state."""
-    return model.vision.views * patches(model.vision) + text + 1
+    return seen_shape(model)[0] + text + 1
 
 
-def _beside_text(model: Vla) -> int:
-    return model.vision.views * patches(model.vision) + model.action.chunk_size
+def _beside_text(model: AnyVla) -> int:
+    return seen_shape(model)[0] + model.action.chunk_size
 
 
 # ---------------------------------------------------------------- shapes of blocks
 
 
-def shapes(model: Vla) -> dict[str, Decoder]:
-    """Each part of a vla that has blocks, as the decoder whose blocks they are; fusion's attend twice."""
-    return {"vision": vision_shape(model.vision), "language": model.language, "fusion": fusion_shape(model.fusion)}
+def shapes(model: AnyVla) -> dict[str, Decoder]:
+    """Each part of a vla that has blocks of this project's, as the decoder whose blocks they are; fusion's attend
+    twice."""
+    found = {"vision": vision_shape(model.vision)} if isinstance(model.vision, Vision) else {}
+    found |= {"language": model.language} if isinstance(model.language, Decoder) else {}
+    return found | {"fusion": fusion_shape(model.fusion)}
 
 
 def vision_shape(vision: Vision) -> Decoder:

@@ -6,8 +6,9 @@
      "model": a hash of the section it was made from, which may hold what is nobody else's business,
      "parameters": [{"name", "shape", "tied": [other names of the same tensor]}],
      "blocks": [paths], "buffer_bytes", "vocab_size",
+     "seen": of a vla what vision gives of a sample's images, [tokens, width]; else null,
      "linears": {path of a linear layer in a block: whether its weight is [inputs, outputs], as transformers' Conv1D},
-     "ledger": {"sequence_length", "precision", "objective", "lora", "frozen": [names],
+     "ledger": {"sequence_length", "precision", "objective", "lora", "features", "frozen": [names],
                 "events": {"gpu" or "cpu": {checkpointing mode: events, as scaling/recording.py has them}}, and where
                     something is frozen "gpu-zero3" and "cpu-zero3", with DeepSpeed's linear layer, but selective
                 "work": {checkpointing mode: as scaling/estimate/work.py has it}}}
@@ -59,10 +60,12 @@ class Inventory:
     blocks: tuple[str, ...]
     buffer_bytes: int
     vocab_size: int | None
-    """Of the logits; None where it is not known."""
+    """Of the logits, or of a vla's instructions; None where it is not known."""
     linears: Mapping[str, bool]
     """Linear layers in the blocks by path, in the module's order: whether the weight is [inputs, outputs], as that of
     transformers' Conv1D, in place of [outputs, inputs]."""
+    seen: tuple[int, int] | None
+    """Of a vla what vision gives of a sample's images: tokens, and the width of each; else None."""
     ledger: Mapping[str, Any] | None
     """None where the module was looked at and nothing recorded."""
 
@@ -122,6 +125,7 @@ def _read(path: str, _modified: int, size: int) -> Inventory:
             buffer_bytes=found["buffer_bytes"],
             vocab_size=found["vocab_size"],
             linears=found.get("linears", {}),
+            seen=(seen[0], seen[1]) if (seen := found.get("seen")) else None,
             ledger=found["ledger"],
         )
     except OSError as error:

@@ -7,7 +7,7 @@ from scaling.models.decoder import decoder_recipe
 from scaling.models.recipe import ModelRecipe
 from scaling.models.recorded import recorded_recipe
 from scaling.models.vla import vla_recipe
-from scaling.spec.sections import Decoder, FactoryModel, HuggingFace, Spec, Vla
+from scaling.spec.sections import Decoder, FactoryModel, HuggingFace, HuggingFaceVla, Spec, Vla
 
 
 def model_recipe(spec: Spec, allow_import: Sequence[str] = (), *, filled: bool = False) -> ModelRecipe:
@@ -20,5 +20,5 @@ def model_recipe(spec: Spec, allow_import: Sequence[str] = (), *, filled: bool =
             return decoder_recipe(model, spec.objective, spec.seed, spec.lora)
         case Vla() as model:
             return vla_recipe(model, spec.seed)
-        case FactoryModel() | HuggingFace() as model:
+        case FactoryModel() | HuggingFace() | HuggingFaceVla() as model:
             return recorded_recipe(model, blocks(model), spec.seed, allow_import, filled=filled, lora=spec.lora)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scaling.errors import CheckpointError, UserError
 from scaling.models.recipe import canonical_name
-from scaling.spec.sections import HuggingFace, Recorded
+from scaling.spec.sections import FactoryModel, HuggingFace
 
 logger = logging.getLogger("scaling")
 
@@ -20,27 +20,38 @@ INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 """Names of transformers' own."""
 
 
-def folder_of(model: HuggingFace) -> Path:
-    """The folder that `model.path` names: itself, or that of a model of the hub, as far as it has been fetched.
+def local_folder(path: str, field: str) -> Path:
+    """The folder that `path`, which stands at `field` of the spec, names: itself, or that of a model of the hub, as far
+    as it has been fetched.
 
     Nothing is fetched here: ranks would do it at the same time, and a spec would reach out of the machine. UserError
     where there is none.
     """
-    folder = Path(model.path)
-    if folder.is_dir() or folder.is_absolute() or model.path.count("/") > 1:
+    folder = Path(path)
+    if folder.is_dir() or folder.is_absolute() or path.count("/") > 1:
         return folder
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model.path, local_files_only=True))
+        return Path(snapshot_download(path, local_files_only=True))
     except ImportError:
         return folder
     except (OSError, ValueError) as error:
         raise UserError(
-            "`model.path` must be a folder with a config.json, or the name of a model that has been fetched from the "
-            f"hub, but {model.path[:200]!r} is neither here ({type(error).__name__}); correct it, or run "
-            f"`hf download {model.path[:200]}`"
+            f"`{field}` must be a folder with a config.json, or the name of a model that has been fetched from the "
+            f"hub, but {path[:200]!r} is neither here ({type(error).__name__}); correct it, or run "
+            f"`hf download {path[:200]}`"
         ) from None
+
+
+def folder_of(model: HuggingFace) -> Path:
+    """`local_folder` of a model."""
+    return local_folder(model.path, "model.path")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are safetensors of a model in it."""
+    return any((folder / name).is_file() for name in (INDEX, WHOLE))
 
 
 class InitialValues:
@@ -50,7 +61,7 @@ class InitialValues:
     does it, in fp32 and from the seed: each rank then has all of it until the engine is built.
     """
 
-    def __init__(self, model: Recorded, build: Callable[[bool], nn.Module], seed: int) -> None:
+    def __init__(self, model: FactoryModel | HuggingFace, build: Callable[[bool], nn.Module], seed: int) -> None:
         """`build`: the module on torch's default device, with initial values if asked for."""
         self._model = model
         self._build = build
@@ -77,7 +88,7 @@ class InitialValues:
 
     @cached_property
     def _has_files(self) -> bool:
-        return isinstance(self._model, HuggingFace) and any((self._folder / n).is_file() for n in (INDEX, WHOLE))
+        return isinstance(self._model, HuggingFace) and has_weights(self._folder)
 
     @cached_property
     def _files(self) -> "_Files | None":

@@ -36,6 +36,10 @@ class ModelRecipe:
         return value
 
 
+def leave(name: str, value: Tensor, generator: torch.Generator) -> None:
+    """A `fill` that leaves values as they are."""
+
+
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Attributes under which DDP, torch.compile, checkpoint wrappers and FSDP1 hold what they wrap."""
 ADAPTED = ("base_layer", "default")

@@ -1,7 +1,7 @@
 """Modules of the user's own and of transformers: how to build them, and which of their parts are the blocks."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from scaling.errors import UserError
 from scaling.imports import call_target, check_allowed
-from scaling.inventory import adapted_layers, is_adapter
+from scaling.inventory import CHANNELS, adapted_layers, is_adapter
 from scaling.inventory.recorded import Inventory, Parameter, fingerprint, keep_inventory
-from scaling.models.initial import InitialValues, folder_of
+from scaling.models.huggingface import causal_lm
+from scaling.models.huggingface_vla import build_vla, encoders, huggingface_vla_recipe, words_of
+from scaling.models.initial import InitialValues
 from scaling.models.lora import adapter_inserter, fill_adapter
-from scaling.models.recipe import ModelRecipe, canonical_name
-from scaling.spec.sections import FactoryModel, HuggingFace, Lora, Model, Recorded
+from scaling.models.recipe import ModelRecipe, canonical_name, leave
+from scaling.spec.sections import FactoryModel, HuggingFace, HuggingFaceVla, Lora, Model, Recorded
 
-REMOTE_CODE = "transformers_modules"
-"""The package as which transformers imports code that a model's folder brings along."""
 BLOCKS_SHARE = 0.05
 """Of all elements, what a list of alike modules must have for them to be blocks."""
 
@@ -42,8 +42,10 @@ def recorded_recipe(
             insert(module)
         return module
 
+    if isinstance(model, HuggingFaceVla):
+        return huggingface_vla_recipe(model, blocks, seed, encoders(model, allow_import, seed), filled=filled)
     if not filled:
-        return ModelRecipe(with_adapters, _leave, tuple(blocks), seed)
+        return ModelRecipe(with_adapters, leave, tuple(blocks), seed)
     values = InitialValues(model, lambda filled: build(model, allow_import, filled=filled), seed)
 
     def fill(name: str, value: Tensor, generator: torch.Generator) -> None:
@@ -53,10 +55,6 @@ def recorded_recipe(
             values.fill(name, value, generator)
 
     return ModelRecipe(with_adapters, fill, tuple(blocks), seed, values.buffers)
-
-
-def _leave(name: str, value: Tensor, generator: torch.Generator) -> None:
-    """As it is."""
 
 
 def build(model: Recorded, allow_import: Sequence[str], *, filled: bool = False) -> nn.Module:
@@ -74,41 +72,9 @@ def build(model: Recorded, allow_import: Sequence[str], *, filled: bool = False)
                 )
             return found
         case HuggingFace():
-            return _causal_lm(model, allow_import, filled=filled)
-
-
-def _causal_lm(model: HuggingFace, allow_import: Sequence[str], *, filled: bool) -> nn.Module:
-    """From its config.json alone, by code that transformers has itself or, where that is allowed, the folder."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
-        from transformers.utils import logging as messages
-    except ImportError as error:
-        raise UserError(
-            f'`model.kind` must be another where transformers is not installed ({error}), but is "huggingface"; '
-            "`pip install 'scaling[huggingface]'`"
-        ) from None
-    messages.set_verbosity_error()
-    path, trusted = folder_of(model), REMOTE_CODE in allow_import
-    try:
-        config: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trusted)
-        config.use_cache = False  # of generation
-        with nullcontext() if filled else no_init_weights():  # which would look into what ZeRO-3 has cut already
-            module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trusted, dtype=torch.get_default_dtype()
-            )
-        module.tie_weights()
-        return module
-    except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"`model.path` must be a model whose code transformers has itself, but {model.path[:200]!r} brings its "
-                f"own along (auto_map in its config.json); if you trust it, pass --allow-import {REMOTE_CODE}"
-            ) from None
-        raise UserError(
-            f"`model.path` must be a folder whose config.json transformers builds a causal language model of, but "
-            f"{model.path[:200]!r} is not: {str(error).splitlines()[0][:300]}"
-        ) from None
+            return causal_lm(model, allow_import, filled=filled)
+        case HuggingFaceVla():
+            return build_vla(model, encoders(model, allow_import))
 
 
 def look_at(model: Model, allow_import: Sequence[str]) -> None:
@@ -128,16 +94,21 @@ def take_inventory(model: Recorded, allow_import: Sequence[str]) -> None:
     with torch.device("meta"):
         module = build(model, allow_import)
     try:
-        blocks = find_blocks(module)
+        blocks = blocks_in(model, module)
     except UserError:
         blocks = ()
-    keep_inventory(model, inventory_found(model, module, blocks))
+    keep_inventory(model, inventory_found(model, module, blocks, allow_import))
 
 
-def inventory_found(model: Recorded, module: nn.Module, blocks: Sequence[str]) -> Inventory:
+def inventory_found(
+    model: Recorded, module: nn.Module, blocks: Sequence[str], allow_import: Sequence[str]
+) -> Inventory:
     """What `module`, as `build` made it of `model`, is made of; without a step of it."""
     listed = parameters_of(module)
     config = getattr(module, "config", None)
+    words, seen = getattr(config, "vocab_size", None), None
+    if isinstance(model, HuggingFaceVla):
+        words, seen = words_of(model, encoders(model, allow_import)), _seen(model, module)
     return Inventory(
         path="",
         model=fingerprint(model),
@@ -145,10 +116,31 @@ def inventory_found(model: Recorded, module: nn.Module, blocks: Sequence[str]) -
         tied=tuple((one["name"], *one["tied"]) for one in listed if one["tied"]),
         blocks=tuple(blocks),
         buffer_bytes=sum(buffer.nbytes for buffer in module.buffers()),
-        vocab_size=getattr(config, "vocab_size", None),
+        vocab_size=words,
         linears=linear_layers(module, blocks),
+        seen=seen,
         ledger=None,
     )
+
+
+def _seen(model: HuggingFaceVla, module: nn.Module) -> tuple[int, int]:
+    """Tokens that vision gives of a sample's images, and their width; of a module without values."""
+    views, size, device = model.vision.views, model.vision.image_size, next(module.parameters()).device
+    images = torch.zeros(1, views, size, size, CHANNELS, dtype=torch.uint8, device=device)
+    with torch.no_grad():
+        found = module(images)
+    return found.shape[1], found.shape[2]
+
+
+def blocks_in(model: Recorded, module: nn.Module) -> tuple[str, ...]:
+    """As `find_blocks`; of a vla those of each of its parts, however small it is beside the others."""
+    if not isinstance(model, HuggingFaceVla):
+        return find_blocks(module)
+    found: list[str] = []
+    for part in ("vision", "language", "fusion"):
+        with suppress(UserError):
+            found += [f"{part}.{path}" for path in find_blocks(module.get_submodule(part))]
+    return tuple(found)
 
 
 def find_blocks(module: nn.Module) -> tuple[str, ...]:

@@ -1,11 +1,14 @@
 """A vision-language-action model: camera views, an instruction and the robot's state to a chunk of actions.
 
-Vision and language are encoders of a decoder's blocks; the fusion is a transformer of one learned query for each
-action, which looks at the tokens of both and at the state. `Vla(spec)(images, instruction, state)` gives actions.
-`Vla(spec)(images)` gives what vision makes of them, which may stand in their place.
+Vision and language are encoders of a decoder's blocks, or are given (huggingface_vla.py); the fusion is a transformer
+of one learned query for each action, which looks at the tokens of both and at the state. Called with images, an
+instruction and a state it gives actions; of images alone it gives what vision makes of them, which may stand in their
+place.
 """
 
 import math
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from scaling.inventory import CHANNELS, TIME_FEATURES, blocks, fusion_shape, patches, shapes, vision_shape
 from scaling.models.decoder import MLP, Attention, Block, Embedding, Linear, fill_parameter, norm_of, rotation_of
 from scaling.models.recipe import ModelRecipe
+from scaling.spec.sections import AnyVla, HuggingFaceVision
 from scaling.spec.sections import Decoder as DecoderSpec
 from scaling.spec.sections import Language as LanguageSpec
 from scaling.spec.sections import Vision as VisionSpec
@@ -33,12 +37,21 @@ LONGEST_WAVE = 10_000.0
 
 def vla_recipe(spec: VlaSpec, seed: int) -> ModelRecipe:
     """The recipe of a vla."""
+
+    def build() -> Vla:
+        return Vla(spec, Vision(spec.vision), Language(spec.language))
+
+    return ModelRecipe(build, vla_filler(spec), blocks(spec), seed)
+
+
+def vla_filler(spec: AnyVla) -> Callable[[str, Tensor, torch.Generator], None]:
+    """What `ModelRecipe.fill` is for the parts that are this project's own."""
     by_part = shapes(spec)
 
     def fill(name: str, value: Tensor, generator: torch.Generator) -> None:
         if name == "vision.embed_positions.weight":
             _fill_with_places(value)
-        elif name == "vision.embed_views.weight":
+        elif name in ("vision.embed_views.weight", "fusion.embed_views.weight"):
             value.normal_(0.0, VIEW_STD, generator=generator)
         elif name.endswith(".weight") and name.removesuffix(".weight") in INWARDS:
             value.normal_(0.0, value.shape[1] ** -0.5, generator=generator)
@@ -47,17 +60,18 @@ def vla_recipe(spec: VlaSpec, seed: int) -> ModelRecipe:
         else:
             fill_parameter(by_part.get(name.partition(".")[0], by_part["fusion"]), name, value, generator)
 
-    return ModelRecipe(build=lambda: Vla(spec), fill=fill, blocks=blocks(spec), seed=seed)
+    return fill
 
 
 class Vla(nn.Module):
     """The whole model."""
 
-    def __init__(self, spec: VlaSpec) -> None:
+    def __init__(self, spec: AnyVla, vision: nn.Module, language: nn.Module) -> None:
+        """`vision` and `language`: images and instructions to tokens, as `Vision` and `Language`."""
         super().__init__()
-        self.vision = Vision(spec.vision)
-        self.language = Language(spec.language)
-        self.fusion = Fusion(spec)
+        self.vision = vision
+        self.language = language
+        self.fusion = Fusion(spec, cast(int, vision.width), cast(int, language.width))
         self.action_head = Linear(spec.fusion.hidden_size, spec.action.action_dim)
         self._still: tuple[str, ...] = ()
 
@@ -110,6 +124,7 @@ class Vision(nn.Module):
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
+        self.width = spec.hidden_size
         shape = vision_shape(spec)
         self.patch_embed = PatchEmbed(spec.patch_size, spec.hidden_size)
         self.embed_positions = Embedding(patches(spec), spec.hidden_size)
@@ -136,6 +151,7 @@ class Language(nn.Module):
     def __init__(self, spec: LanguageSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.width = spec.hidden_size
         self.embed_tokens = Embedding(spec.vocab_size, spec.hidden_size)
         self.embed_positions = (
             Embedding(spec.max_position_embeddings, spec.hidden_size) if spec.position == "learned" else None
@@ -160,12 +176,15 @@ class Language(nn.Module):
 class Fusion(nn.Module):
     """One query for each action, which looks at the others, and at vision, language and state."""
 
-    def __init__(self, spec: VlaSpec) -> None:
+    def __init__(self, spec: AnyVla, seen: int, read: int) -> None:
+        """`seen` and `read`: widths of what vision and language give."""
         super().__init__()
         shape, width, action = fusion_shape(spec.fusion), spec.fusion.hidden_size, spec.action
         self.queries = Embedding(action.chunk_size, width)
-        self.vision_proj = Linear(spec.vision.hidden_size, width)
-        self.language_proj = Linear(spec.language.hidden_size, width)
+        self.vision_proj = Linear(seen, width)
+        tells_views = isinstance(spec.vision, HuggingFaceVision) and spec.vision.views > 1
+        self.embed_views = Embedding(spec.vision.views, width) if tells_views else None
+        self.language_proj = Linear(read, width)
         self.state_proj = Inwards(action.state_dim, width)
         velocity = action.head == "velocity"
         self.action_proj = Inwards(action.action_dim, width) if velocity else None
@@ -175,9 +194,11 @@ class Fusion(nn.Module):
 
     def forward(self, seen: Tensor, read: Tensor, state: Tensor, noised: Tensor | None, time: Tensor | None) -> Tensor:
         """[batch, tokens, width] of vision and of language, [batch, state_dim] -> [batch, chunk, hidden]."""
-        context = torch.cat(
-            (self.vision_proj(seen), self.language_proj(read), self.state_proj(state).unsqueeze(1)), dim=1
-        )
+        views = self.vision_proj(seen)
+        if self.embed_views is not None:
+            each = self.embed_views(torch.arange(self.embed_views.num_embeddings, device=state.device))
+            views = views + each.repeat_interleave(views.shape[1] // len(each), dim=0)
+        context = torch.cat((views, self.language_proj(read), self.state_proj(state).unsqueeze(1)), dim=1)
         places = torch.arange(self.queries.num_embeddings, device=state.device)
         hidden = self.queries(places.expand(len(state), -1))
         if self.action_proj is not None and self.time_proj is not None:

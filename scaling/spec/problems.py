@@ -167,7 +167,7 @@ class _Detail:
         elif others := self.other_kinds(key):
             hint = f"drop it, or use kind {' or '.join(others)}"
         elif elsewhere := schema.everywhere(_OTHER_NAMES.get(key, key)):
-            hint = f"did you mean {' or '.join(f'`{path}`' for path in elsewhere[:3])}?"
+            hint = f"did you mean {' or '.join(f'`{path}`' for path in sorted(elsewhere, key=len)[:2])}?"
         else:
             hint = f"drop it, or use one of {_first(known)}"
         return f"{name} must be a key of {owner}, but is none; {hint}"
@@ -332,7 +332,7 @@ def _fallback(shape: Schema, options: Iterable[Schema]) -> str:
     default = shape.get("default")
     if default is not None:
         return "correct it, or drop the key for the default" + (
-            "" if isinstance(default, dict) else f", {shown(default)}"
+            "" if len(told := shown(default)) > 30 or isinstance(default, dict) else f", {told}"
         )
     wanted = next((option["required"] for option in options if option.get("required")), None)
     if wanted:

@@ -109,6 +109,8 @@ class Vision(_Transformer):
     Its attention alternates as VGGT's (Wang et al., 2025): even blocks look within a view, odd ones over all views.
     """
 
+    kind: Literal["vit"] = "vit"
+    """A transformer of this project's own."""
     image_size: Size
     """Height and width of each view, pixels."""
     patch_size: Size
@@ -217,10 +219,62 @@ class HuggingFace(Section):
     """As of a factory."""
 
 
-Recorded = FactoryModel | HuggingFace
+class HuggingFaceVision(Section):
+    """Images to tokens by a model of the transformers library: a vision transformer or any other whose
+    `last_hidden_state` is tokens or a map of features, or what is that in a model of images and texts (CLIP, SigLIP).
+    It sees each view by itself; the fusion tells them apart."""
+
+    kind: Literal["huggingface"]
+    path: Text
+    """As of a causal language model of this kind; with a preprocessor_config.json, where it has one, for the mean and
+    deviation of its pixels. It starts from the safetensors there, or where none are from transformers' initial values;
+    each rank then has the whole of it in host memory until the engine is built."""
+    image_size: Size
+    """Height and width of each view, pixels: what it takes."""
+    views: Size = 1
+    """Number of cameras."""
+
+
+class HuggingFaceLanguage(Section):
+    """The instruction to tokens by a model of the transformers library: an encoder, that of an encoder and a decoder
+    (T5), a causal language model without its head, or the text half of a model of images and texts."""
+
+    kind: Literal["huggingface"]
+    path: Text
+    """As of vision."""
+
+
+class HuggingFaceVla(Section):
+    """A vla whose vision, language or both are the transformers library's. What a step never reads of them, such as
+    heads and poolers, is left out."""
+
+    kind: Literal["huggingface_vla"]
+    vision: Annotated[Vision | HuggingFaceVision, Field(discriminator="kind")]
+    """Images to tokens."""
+    language: Annotated[Language | HuggingFaceLanguage, Field(discriminator="kind")]
+    """The instruction to tokens."""
+    fusion: Fusion
+    """As of vla."""
+    action: Action
+    """As of vla."""
+    inventory: Text | None = None
+    """As of a factory."""
+
+    def contradictions(self) -> Iterator[str]:
+        if isinstance(self.vision, Vision) and isinstance(self.language, Language):
+            yield (
+                '`kind` must be "vla" where neither vision nor language is of kind "huggingface", but is '
+                '"huggingface_vla"; change it'
+            )
+
+
+Recorded = FactoryModel | HuggingFace | HuggingFaceVla
 """Models of which all that is known without torch is in an inventory file."""
 
-Model = Annotated[Decoder | Vla | FactoryModel | HuggingFace, Field(discriminator="kind")]
+AnyVla = Vla | HuggingFaceVla
+"""Camera views, an instruction and a state to actions, whatever its parts are."""
+
+Model = Annotated[Decoder | Vla | FactoryModel | HuggingFace | HuggingFaceVla, Field(discriminator="kind")]
 
 
 class Lora(Section):

@@ -18,7 +18,7 @@ from scaling.spec.sections.data import (
     TokenData,
     curriculum_of,
 )
-from scaling.spec.sections.model import Decoder, HuggingFace, Lora, Model, PartWeights, Recorded, Vla
+from scaling.spec.sections.model import AnyVla, Decoder, HuggingFace, Lora, Model, PartWeights, Vla
 from scaling.spec.sections.objective import DPO, PPO, SFT, BehaviourCloning, CausalLM, Factory, Objective
 from scaling.spec.sections.optimization import WSD, AdamW, AnySchedule, Batch, Constant, LRScaling, ParamGroup
 from scaling.spec.sections.running import Checkpoint, Profile, Timeouts, Tracking, Validation
@@ -152,10 +152,10 @@ class Spec(Section):
         grows, longest = curriculum_of(self.data), self.data.sequence_length
         if grows is None:
             return
-        if isinstance(self.model, Vla):
+        if isinstance(self.model, AnyVla):
             yield (
-                '`data.sequence_curriculum` must be null for a model of kind "vla", whose samples cannot be cut, '
-                "but is set; drop it"
+                f'`data.sequence_curriculum` must be null for a model of kind "{self.model.kind}", whose '
+                "samples cannot be cut, but is set; drop it"
             )
         if longest % grows.min_length or longest == grows.min_length:
             shorter = [length for length in divisors(longest) if length < longest]
@@ -174,14 +174,19 @@ class Spec(Section):
 
     def _model_and_data(self) -> Iterator[str]:
         model, data = self.model, self.data
-        if isinstance(data, EpisodeData) and not isinstance(model, Vla):
+        if isinstance(data, EpisodeData) and not isinstance(model, AnyVla):
             yield (
                 f'`data.kind` must be one of text for a model of kind "{model.kind}", but is "episodes"; '
                 "change one of them"
             )
-        if isinstance(model, Recorded):
+        if isinstance(model, AnyVla) and not isinstance(data, EpisodeData | SyntheticData | FactoryData):
+            yield (
+                f'`data.kind` must be "episodes" or "synthetic" for a model of kind "{model.kind}", but is '
+                f'"{data.kind}": text has neither images nor actions; change one of them'
+            )
+        reader, field = (model.language, "model.language") if isinstance(model, AnyVla) else (model, "model")
+        if not isinstance(reader, Decoder):
             return  # how many words it knows, and how long a text it reads, is not in the spec
-        reader, field = (model.language, "model.language") if isinstance(model, Vla) else (model, "model")
         if data.sequence_length > reader.max_position_embeddings:
             yield (
                 f"`data.sequence_length` must be at most {field}.max_position_embeddings "
@@ -193,16 +198,11 @@ class Spec(Section):
                 f'`{field}.vocab_size` must be at least 256 for the tokenizer "bytes", '
                 f"but is {reader.vocab_size}; set it to 256"
             )
-        if isinstance(model, Vla) and not isinstance(data, EpisodeData | SyntheticData | FactoryData):
-            yield (
-                f'`data.kind` must be "episodes" or "synthetic" for a model of kind "vla", but is "{data.kind}": text '
-                "has neither images nor actions; change one of them"
-            )
 
     def _model_and_objective(self) -> Iterator[str]:
         model, objective = self.model, self.objective
-        wanted = ("behaviour_cloning",) if isinstance(model, Vla) else ("causal_lm", "sft")
-        if not isinstance(model, Vla):
+        wanted = ("behaviour_cloning",) if isinstance(model, AnyVla) else ("causal_lm", "sft")
+        if not isinstance(model, AnyVla):
             wanted += ("dpo",)
         if isinstance(model, Decoder):
             wanted += ("ppo",)
@@ -230,7 +230,7 @@ class Spec(Section):
                 f'`data.packing` must be false for a model of kind "{model.kind}", but is true: it cannot keep '
                 "conversations apart; set it to false"
             )
-        if isinstance(model, Vla) and isinstance(objective, BehaviourCloning):
+        if isinstance(model, AnyVla) and isinstance(objective, BehaviourCloning):
             head = "velocity" if objective.loss == "flow_matching" else "direct"
             if model.action.head != head:
                 yield (
