@@ -1,8 +1,11 @@
 """The order of the test files, and a log that each test finds as pytest expects it."""
 
 import logging
+import os
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side, a core each
 
 LONG = (
     *("test_parity", "test_engine", "test_watch", "test_chaos", "test_lora", "test_train", "test_trace", "test_ledger"),

@@ -18,7 +18,7 @@ from scaling.data.loader import step_batches, validation_batches
 from scaling.estimate.flops import train_flops_per_token
 from scaling.inventory import blocks, parameters, sample_length, still, text_length
 from scaling.models.build import model_recipe
-from scaling.models.vla import Vla
+from scaling.models.vla import Language, Vision, Vla
 from scaling.objectives import build_objective
 from scaling.objectives.behaviour_cloning import TIMES, draws
 from scaling.spec import SpecError, load_spec
@@ -52,7 +52,8 @@ SPECS_OF = {
 
 def random_vla(spec: VlaSpec, frozen: tuple[str, ...] = ()) -> Vla:
     """A model all of whose tensors are random, in training mode, with the parameters that begin so frozen."""
-    model, generator = Vla(spec), torch.Generator().manual_seed(0)
+    model = Vla(spec, Vision(spec.vision), Language(spec.language))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -77,7 +78,7 @@ def test_names_shapes_and_blocks_are_the_modules(name: str) -> None:
     spec = SPECS_OF[name]
     assert isinstance(spec, VlaSpec)
     with torch.device("meta"):
-        model = Vla(spec)
+        model = Vla(spec, Vision(spec.vision), Language(spec.language))
     real = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     assert [(parameter.name, parameter.shape) for parameter in parameters(spec)] == real
     assert {name.partition(".")[0] for name, _ in real} == {"vision", "language", "fusion", "action_head"}

@@ -144,8 +144,12 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _share_cores(process: Process) -> None:
-    """Without this each CPU rank starts as many threads as there are cores, and they fight."""
-    if process.device.type == "cpu":
+    """Without this each CPU rank starts as many threads as there are cores, and they fight.
+
+    Of a process that is alone OMP_NUM_THREADS says it, where it is set; of several torchrun sets that to 1 unasked.
+    """
+    alone = process.local_world_size == 1 and "OMP_NUM_THREADS" in os.environ
+    if process.device.type == "cpu" and not alone:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // process.local_world_size))
 
