@@ -21,13 +21,16 @@ LACKING = 1000
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Runs of a small model on one rank, and one rank of eight of the whole gpt2-124m, rehearsed."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    matrix, out = folder / "matrix.json", folder / "result.json"
+    """Runs of a small model on one rank, and one that cannot begin."""
     small = {"spec": "gpt2-tiny", "backends": ["single"], "options": {"weak": [*SHORT, WEAK]}}
-    whole = {"spec": "gpt2-124m", "backends": ["hsdp"], "options": {"short": [*SHORT, WEAK]}}  # from 4 ranks on
     broken = {"spec": "gpt2-tiny", "backends": ["single"], "options": {"broken": ["initialize_from=/nowhere"]}}
-    matrix.write_text(json.dumps({"cpu": [small, whole, broken]}))
+    return measure(tmp_path_factory.mktemp("benchmarks"), small, broken)
+
+
+def measure(folder, *parts):
+    """The result of this matrix on 1 and 8 of something, and what was told meanwhile."""
+    matrix, out = folder / "matrix.json", folder / "result.json"
+    matrix.write_text(json.dumps({"cpu": parts}))
     words = ["--gpus", "1,8", "--repeats", "1", "--steps", "6", "--warm-up", "2", "--rehearse"]
     words += ["--matrix", str(matrix), "--out", str(out)]
     done = python("-c", f"from benchmarks import machine, run; machine.cores = lambda: 1; run.main({words!r})")
@@ -64,9 +67,12 @@ def test_a_run_that_fails_is_a_row(measured):
     assert row["status"] == "failed" and "initialize_from" in row["reason"] and row["runs"][0]["exit_code"] == 5
 
 
-def test_plan_rehearsal_and_benchmark_agree_on_gpt2_on_eight_ranks(measured, tmp_path, capsys):
+@pytest.mark.long
+def test_plan_rehearsal_and_benchmark_agree_on_gpt2_on_eight_ranks(tmp_path, capsys):
     """Tokens, batch, FLOPs and memory of one job, by all three, under the same names."""
-    row = next(row for row in measured[0]["rows"] if row["name"] == "gpt2-124m hsdp x8 short")
+    whole = {"spec": "gpt2-124m", "backends": ["hsdp"], "options": {"short": [*SHORT, WEAK]}}  # from 4 ranks on
+    rows = measure(tmp_path, whole)[0]["rows"]
+    row = next(row for row in rows if row["name"] == "gpt2-124m hsdp x8 short")
     assert row["status"] == "ok" and row["ran_on"]["rehearsed"] and row["tokens_per_second"] is None
     sets = [word for setting in row["settings"] for word in ("--set", setting)]
     out, rates = tmp_path / "rehearsed.json", tmp_path / "cpu.json"

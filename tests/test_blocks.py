@@ -81,7 +81,7 @@ def test_selective_keeps_matrix_products_and_full_computes_them_again():
     assert counts["full"] == (2 * products - 3, 2 * gelus)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("mode", MODES)
 def test_one_compilation_serves_all_blocks(mode, dtype):
     from torch._dynamo.utils import counters

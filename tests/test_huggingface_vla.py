@@ -178,7 +178,10 @@ def test_pixels_are_as_the_folder_says(tmp_path: Path) -> None:
     [
         ("clip", "llama", {}),
         pytest.param("vit", "t5", {"param_groups": [{"name": "all", "match": ["*"]}]}, marks=pytest.mark.long),
-        pytest.param("siglip", None, {"objective": {"kind": "behaviour_cloning", "loss": "flow_matching"}}),
+        pytest.param(
+            *("siglip", None, {"objective": {"kind": "behaviour_cloning", "loss": "flow_matching"}}),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_one_curve_under_every_backend(
@@ -197,55 +200,51 @@ def test_one_curve_under_every_backend(
 # ---------------------------------------------------------------- known before
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a spec whose model has an inventory file."""
+    folder = tmp_path_factory.mktemp("recorded")
+    changes = {"precision": "bf16", "batch": BATCH | {"global_batch_size": 16}}
+    path = made(folder, "clip", "bert", weights=False, **changes)
+    document = json.loads(path.read_text())
+    document["model"]["inventory"] = "inventory.json"
+    path.write_text(json.dumps(document))
+    done = python("-m", "scaling.inventory", "spec.json", folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+ZERO: dict[str, Any] = {"kind": "deepspeed", "reduce_bucket_size": 20000}
+
+
 @pytest.mark.parametrize(
     ("backend", "ranks", "mode"),
     [
-        ({"kind": "single"}, 1, "none"),
+        pytest.param({"kind": "single"}, 1, "none", marks=pytest.mark.long),
         ({"kind": "fsdp"}, 4, "full"),
-        ({"kind": "fsdp", "frozen": "replicate"}, 4, "none"),
-        ({"kind": "deepspeed", "zero_stage": 2, "reduce_bucket_size": 20000}, 4, "none"),
-        ({"kind": "deepspeed", "zero_stage": 3, "reduce_bucket_size": 20000}, 4, "none"),
+        pytest.param({"kind": "fsdp", "frozen": "replicate"}, 4, "none", marks=pytest.mark.long),
+        pytest.param(ZERO | {"zero_stage": 2}, 4, "none", marks=pytest.mark.long),
+        (ZERO | {"zero_stage": 3}, 4, "none"),
     ],
 )
-def test_memory_is_known_before(tmp_path: Path, backend: dict[str, Any], ranks: int, mode: str, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    changes = {"precision": "bf16", "backend": backend, "activation_checkpointing": mode}
-    changes["batch"] = BATCH | {"global_batch_size": 16}
-    path = made(tmp_path, "clip", "bert", weights=False, **changes)
-    record(path)
-    found = trace(load_spec(str(path), ["model.inventory=inventory.json"]), ranks)
+def test_memory_is_known_before(recorded: Path, backend: dict[str, Any], ranks: int, mode: str, monkeypatch) -> None:
+    monkeypatch.chdir(recorded)
+    settings = [f"backend={json.dumps(backend)}", f"activation_checkpointing={mode}"]
+    found = trace(load_spec("spec.json", settings), ranks)
     assert found["predicted_to_traced"] == pytest.approx(1, abs=0.01)
 
 
-def record(path: Path) -> None:
-    set_file = ("--set", "model.inventory=inventory.json")
-    done = python("-m", "scaling.inventory", str(path), *set_file, folder=path.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_planner_reads_the_file_without_torch(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = made(tmp_path, "clip", "llama", weights=False, precision="bf16")
-    record(path)
+def test_the_planner_reads_the_file_without_torch(recorded: Path, monkeypatch) -> None:
     code = "import sys; sys.modules['torch'] = None; from scaling.plan import main; sys.exit(main())"
-    words = (
-        "--spec",
-        str(path),
-        "--set",
-        "model.inventory=inventory.json",
-        "--gpus",
-        "4xH100-80GB",
-        "--json",
-        "p.json",
-    )
-    done = python("-c", code, *words, folder=tmp_path)
+    words = ("--spec", "spec.json", "--gpus", "4xH100-80GB", "--json", "p.json")
+    done = python("-c", code, *words, folder=recorded)
     assert done.returncode == 0, done.stdout + done.stderr
-    model = json.loads((tmp_path / "p.json").read_text())["model"]
-    spec = opened(path)
-    assert model["parameters"] == sum(p.elements for p in parameters(spec.model))
-    assert blocks(spec.model) == tuple(
-        f"{part}.layers.{index}" for part in ("vision.model.encoder", "language.model", "fusion") for index in range(2)
-    )
+    monkeypatch.chdir(recorded)
+    model = load_spec("spec.json").model
+    planned = json.loads(Path("p.json").read_text())["model"]
+    assert planned["parameters"] == sum(p.elements for p in parameters(model))
+    parts = ("vision.model.encoder.layers", "language.model.encoder.layer", "fusion.layers")
+    assert blocks(model) == tuple(f"{part}.{index}" for part in parts for index in range(2))
 
 
 # ---------------------------------------------------------------- a run

@@ -81,6 +81,7 @@ def test_it_starts_from_the_weights_in_its_folder_on_every_backend(tmp_path, nam
     assert float(expected) > 1.2 * np.log(256), "weights of one's own must show"
 
 
+@pytest.mark.long
 def test_without_weights_it_starts_from_transformers_values_and_moves_between_backends(tmp_path):
     path = made(tmp_path, "llama", weights=False)
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -99,13 +100,13 @@ def test_a_module_of_ones_own_trains_from_its_own_values(tmp_path):
     flags, paths = ("--allow-import", "own_models"), str(ROOT / "tests")
     path = recorded(tmp_path, SPEC | {"model": section}, *flags, paths=paths)
     curves = []
-    for number, backend in enumerate(("single", "ddp", "fsdp")):
+    for number, backend in enumerate(("single", "fsdp")):
         run = tmp_path / backend
         words = ("launch/train.py", "--spec", str(path), "--run-dir", str(run), "--set", f"backend.kind={backend}")
         done = torchrun(2 if number else 1, *words, *flags, paths=paths)
         assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
         curves.append(losses(run))
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5) and curves[2] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[0][-1] < curves[0][0]
 
 

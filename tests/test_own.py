@@ -23,10 +23,13 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_example_has_one_curve_on_every_backend_and_goes_on_where_it_stopped(tmp_path):
+@pytest.mark.parametrize(
+    "backends", [("fsdp", "zero2"), pytest.param(("ddp", "zero3"), marks=pytest.mark.long)], ids=" ".join
+)
+def test_the_example_has_one_curve_on_every_backend_and_goes_on_where_it_stopped(tmp_path, backends):
     short = ("--set", "max_steps=12", "--set", "validation.interval=6", "--set", "profile.interval=1")
     curves = {}
-    for backend in ("single", "ddp", "fsdp", "zero2", "zero3"):
+    for backend in ("single", *backends):
         folder = tmp_path / backend
         kind = {"kind": "deepspeed", "zero_stage": int(backend[-1])} if "zero" in backend else {"kind": backend}
         flags = (*short, "--set", f"backend={json.dumps(kind)}", "--run-dir", str(folder))

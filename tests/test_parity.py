@@ -53,7 +53,7 @@ GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
 
 
 LONG = (
-    *("shards of unequal size", "selective checkpointing", "compiled"),
+    *("sequences that grow", "Llama, accumulation 1", "shards of unequal size", "selective checkpointing", "compiled"),
     *("flow matching in bf16, checkpointed", "full checkpointing, plain loss, clipping off"),
     *(name for name in GATES if name.endswith("the others")),
 )

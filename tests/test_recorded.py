@@ -158,7 +158,7 @@ def test_our_own_models_recorded_are_what_the_ledger_has(shape, kernels, mode):
     for backend, (ranks, _) in BACKENDS.items():
         job = resolve(load_spec(recipe, [*changes, *settings(backend, mode)]), ranks)
         if events is None:
-            recording = Recording(job.spec, model_recipe(job.spec), (), build_objective(job.spec.objective), 512)
+            recording = Recording(job.spec, model_recipe(job.spec), (), build_objective(job.spec.objective))
             events, work = record(recording, kernels, mode)
             if mode == "none":
                 flops = train_flops_per_token(job.spec.model, SEQUENCE)
@@ -173,7 +173,7 @@ def test_our_own_models_recorded_are_what_the_ledger_has(shape, kernels, mode):
 def test_time_of_our_own_blocks_recorded_is_what_is_estimated(recipe, mode):
     changes = ["model.num_hidden_layers=2", "objective.cross_entropy=plain", "compile=false", "backend.kind=single"]
     spec = load_spec(recipe, [*changes, f"activation_checkpointing={mode}"])
-    recording = Recording(spec, model_recipe(spec), (), build_objective(spec.objective), 100)
+    recording = Recording(spec, model_recipe(spec), (), build_objective(spec.objective))
     parts = record(recording, "gpu", mode)[1]
     rates, length = rates_of(find_gpu("H100-80GB"), "bf16"), spec.data.sequence_length
     block = structure(spec.model).blocks[-1][0]
