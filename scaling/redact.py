@@ -25,21 +25,30 @@ def without_user_info(text: str) -> str:
 
 def redacted(text: str) -> str:
     """`text` with `***` for the environment's secrets, the user-info of URLs and the value of Authorization headers."""
-    text = _AUTHORIZATION.sub(rf"\1{_HIDDEN}", without_user_info(text))
-    for secret in _secrets():
-        text = text.replace(secret, _HIDDEN)
-    return text
+    return _without(text, _secrets())
 
 
 def redacted_json(value: Any) -> Any:
     """As `redacted`, for each text in `value`, keys included: escaped in JSON a secret would not be found."""
-    if isinstance(value, str):
-        return redacted(value)
-    if isinstance(value, dict):
-        return {redacted_json(key): redacted_json(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, list | tuple):
-        return [redacted_json(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
-    return value
+    secrets = _secrets()  # once: a walk through the whole environment
+
+    def told(value: Any) -> Any:
+        if isinstance(value, str):
+            return _without(value, secrets)
+        if isinstance(value, dict):
+            return {told(key): told(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(value, list | tuple):
+            return [told(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return value
+
+    return told(value)
+
+
+def _without(text: str, secrets: list[str]) -> str:
+    text = _AUTHORIZATION.sub(rf"\1{_HIDDEN}", without_user_info(text))
+    for secret in secrets:
+        text = text.replace(secret, _HIDDEN)
+    return text
 
 
 def _secrets() -> list[str]:
