@@ -90,7 +90,8 @@ class Encoder:
     @property
     def words(self) -> int:
         """Token ids that a language knows."""
-        return self._config.vocab_size
+        with self._told():
+            return self._config.vocab_size
 
     def look(self) -> None:
         """Find out what is read of it. UserError where it cannot be built."""
