@@ -6,7 +6,7 @@ Nothing here ends early on one rank: the number of micro-batches follows from th
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import islice, repeat
+from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
@@ -15,12 +15,10 @@ from torch import Tensor
 
 from scaling.data.dataset import Dataset, MicroBatch, Samples
 from scaling.data.hashing import derive, derive_each
-from scaling.data.order import indices_at, sample_indices
+from scaling.data.order import sample_indices
 
 _STEPS_AHEAD = 2
 """Steps that wait in memory while one trains: one more than needed, for steps that take longer to read than others."""
-_LOOKED_UP = 1024
-"""Samples whose indices are looked up at a time: for a single one numpy takes 150 µs, in which no other thread runs."""
 _NOISE = 0x6E6F697365
 """Of the keys of samples: no other use of the seed has this word."""
 _STOP_CHECK_S = 0.1
@@ -55,32 +53,24 @@ def step_batches(
     on_gpu = device.type == "cuda"
     gpu = torch.cuda.current_device() if on_gpu and device.index is None else device.index  # a new thread's is always 0
 
-    turns = np.arange(accumulation)[:, None] * world_size + rank
-    own = (turns * micro_batch + np.arange(micro_batch)).astype(np.uint64)  # places in a step, by micro-step
-    noise = derive(seed, _NOISE)
-
-    def looked_up() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each step the indices and the keys of its samples, [accumulation, micro_batch]."""
-        firsts, at_once = iter(first_samples), max(1, _LOOKED_UP // own.size)
-        while some := list(islice(firsts, at_once)):
-            samples = np.array(some, np.uint64)[:, None, None] + own
-            indices = indices_at(samples.ravel(), len(dataset), seed).reshape(samples.shape)
-            yield from zip(indices, derive_each(noise, samples), strict=True)
-
-    def read_step(found: tuple[np.ndarray, np.ndarray], pieces: int) -> list[Samples]:
+    def read_step(first_sample: int, pieces: int) -> list[Samples]:
         batches: list[Samples] = []
-        for indices, keys in zip(*found, strict=True):
-            batch = dataset.read(indices).keyed(keys)
+        for micro_step in range(accumulation):
+            first = first_sample + (micro_step * world_size + rank) * micro_batch
+            batch = dataset.read(sample_indices(first, micro_batch, len(dataset), seed)).keyed(keys(first))
             if pieces > 1:
                 assert isinstance(batch, MicroBatch), "the spec refuses others"
                 batch = batch.cut(pieces)
             batches.append(batch.each(Tensor.pin_memory) if on_gpu else batch)
         return batches
 
+    def keys(first: int) -> np.ndarray:
+        return derive_each(derive(seed, _NOISE), np.arange(first, first + micro_batch, dtype=np.uint64))
+
     def steps() -> Iterator[list[Samples]]:
         if on_gpu:
             torch.cuda.set_device(gpu)  # or pinning would occupy some hundred MB of GPU 0 from every rank
-        return map(read_step, looked_up(), repeat(1) if pieces is None else pieces)
+        return map(read_step, first_samples, repeat(1) if pieces is None else pieces)
 
     return _read_ahead(steps)
 

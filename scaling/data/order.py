@@ -9,13 +9,7 @@ _ROUNDS = 8
 
 
 def sample_indices(first: int, count: int, size: int, seed: int) -> np.ndarray:
-    """`indices_at` the global samples first .. first+count-1: int64 [count]."""
-    assert first >= 0 and count >= 0, (first, count)
-    return indices_at(np.arange(first, first + count, dtype=np.uint64), size, seed)
-
-
-def indices_at(samples: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Dataset indices of these global samples (uint64 [count]): int64 [count], each in 0 .. size-1.
+    """Dataset indices of the global samples first .. first+count-1: int64 [count], each in 0 .. size-1.
 
     A pure function of (seed, epoch, global sample index), where global sample g belongs to epoch g // size: each epoch
     has a permutation of its own, and nothing depends on world size, micro-batch or where a run was resumed.
@@ -25,7 +19,8 @@ def indices_at(samples: np.ndarray, size: int, seed: int) -> np.ndarray:
     walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002) brings that down to `size` itself: a
     value that falls outside is permuted again until it is inside, after 4 permutations or fewer on average.
     """
-    assert 0 < size <= 2**62, size
+    assert first >= 0 and count >= 0 and 0 < size <= 2**62, (first, count, size)
+    samples = np.arange(first, first + count, dtype=np.uint64)
     epochs, values = samples // np.uint64(size), samples % np.uint64(size)
     keys = derive_each(derive(seed), epochs)
     half = max(1, ((size - 1).bit_length() + 1) // 2)  # bits, rounded up
