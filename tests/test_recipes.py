@@ -9,12 +9,15 @@ from benchmarks.recipe_pages import ABOUT, pages
 from scaling.run import resolve
 from scaling.spec import load_spec
 from scaling.spec.source import recipes
+from scaling.trace import trace
 
 TINY = ("gpt2-tiny", "gpt2-dolly-tiny", "minimind-pretrain-tiny", "minimind-sft-tiny", "minimind-lora-tiny",
         "minimind-dpo-tiny", "minimind-ppo-tiny", "atlas-vla-tiny")  # fmt: skip
 BACKENDS = {"fsdp": {"kind": "fsdp"}, "zero2": {"kind": "deepspeed", "zero_stage": 2}}
 ALSO = {"minimind-lora-tiny": {"zero3": {"kind": "deepspeed", "zero_stage": 3}}}
 """Where stage 3 differs: frozen parameters, which it gathers."""
+# The gradient of its table of words is larger than ZeRO's bucket: the ledger is 2.5 % below the trace there.
+ATLAS = pytest.param("atlas-vla", marks=pytest.mark.xfail(strict=True, reason="2.5 % too low"))
 
 
 def words(folder, data, *, ppo):
@@ -64,6 +67,14 @@ def test_none_is_forgotten():
 def test_full_recipes_resolve_on_one_four_and_eight(name):
     for world_size in (1, 4, 8):
         assert resolve(load_spec(name), world_size).plan.world_size == world_size
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [one for one in recipes() if not one.endswith(("-tiny", "-ppo", "-vla"))] + [ATLAS])
+def test_full_recipes_take_a_step_on_tensors_without_values(name):
+    """At full size, on eight ranks; that of ppo samples, which wants values."""
+    found = trace(load_spec(name), 8)
+    assert found["predicted_to_traced"] == pytest.approx(1, abs=0.01)
 
 
 def test_each_full_recipe_has_a_page_that_says_what_is_planned():
