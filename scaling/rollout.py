@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaling.errors import CheckpointError, CommandLine, UserError, positive, run_command, write_output
 from scaling.imports import add_allow_import
-from scaling.inventory import parameters, words
+from scaling.inventory import instruction_words, parameters
 from scaling.spec import Spec, parse_spec
 from scaling.spec.document import document_of
 from scaling.spec.sections import AnyVla, EpisodeData
@@ -157,9 +157,7 @@ def _planner(policy: Policy, told: Sequence[str]) -> "Callable[[Tables], np.ndar
 
     data, model = policy.spec.data, policy.spec.model
     assert isinstance(data, EpisodeData) and isinstance(model, AnyVla)
-    known, size = words(model), model.vision.image_size
-    assert known is not None, "load_policy has looked"
-    tokenizer = open_tokenizer(data.tokenizer, known)
+    tokenizer, size = open_tokenizer(data.tokenizer, instruction_words(model)), model.vision.image_size
     ids = torch.from_numpy(np.stack([instruction_ids(text, tokenizer, data) for text in told]))
     views = [arm.CAMERAS.index(name.rpartition(".")[2]) for name in data.cameras or sorted(arm.CAMERAS)]
     shape = (len(told), model.action.chunk_size, model.action.action_dim)

@@ -8,7 +8,7 @@ import torch
 
 from scaling.data.dataset import ActionBatch
 from scaling.data.hashing import derive, derive_each, uniform
-from scaling.inventory import CHANNELS, words
+from scaling.inventory import CHANNELS, instruction_words
 from scaling.spec.sections import AnyVla
 
 _TASKS = 4
@@ -39,7 +39,7 @@ class SyntheticActions:
     @property
     def fingerprint(self) -> str:
         vision, action = self.model.vision, self.model.action
-        sizes = (vision.views, vision.image_size, self._words)
+        sizes = (vision.views, vision.image_size, instruction_words(self.model))
         return repr((self.stream, self.samples, *sizes, action.chunk_size, action.action_dim, self.masked_fraction))
 
     def __len__(self) -> int:
@@ -73,13 +73,7 @@ class SyntheticActions:
         return (pixels % np.uint64(_TEXTURE)).astype(np.uint8).reshape(size, size, CHANNELS)
 
     def _instructions(self, tasks: np.ndarray) -> np.ndarray:
-        return (tasks[:, None] + _TASKS * np.arange(self.tokens)) % self._words
-
-    @cached_property
-    def _words(self) -> int:
-        found = words(self.model)
-        assert found is not None, "whoever looks at a vla finds it"
-        return found
+        return (tasks[:, None] + _TASKS * np.arange(self.tokens)) % instruction_words(self.model)
 
     def _actions(self, tasks: np.ndarray, states: np.ndarray, colours: np.ndarray) -> np.ndarray:
         action = self.model.action

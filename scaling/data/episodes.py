@@ -19,7 +19,7 @@ from scaling.data.lerobot import Camera, Episode, Folder, write_folder
 from scaling.data.progress import progress_in_bytes
 from scaling.data.tokenizer import Tokenizer, open_tokenizer
 from scaling.errors import UserError
-from scaling.inventory import CHANNELS, words
+from scaling.inventory import CHANNELS, instruction_words
 from scaling.spec.sections import SIMULATED_ARM, AnyVla, EpisodeData
 
 logger = logging.getLogger(__name__)
@@ -153,9 +153,7 @@ def open_episode_data(data: EpisodeData, model: AnyVla) -> tuple[EpisodeDataset,
 
     Errors: UserError for folders that cannot be used, StorageError for the cache folder.
     """
-    known = words(model)
-    assert known is not None, "whoever looks at a vla finds it"
-    tokenizer = open_tokenizer(data.tokenizer, known)
+    tokenizer = open_tokenizer(data.tokenizer, instruction_words(model))
     train = [_open(folder, data, model) for folder in _folders(data.train, "data.train", data)]
     if isinstance(data.validation, list):
         held = [_open(folder, data, model) for folder in _folders(data.validation, "data.validation", data)]

@@ -163,6 +163,13 @@ def words(model: Model) -> int | None:
     return model.vocab_size if isinstance(model, Decoder) else model.language.vocab_size
 
 
+def instruction_words(model: AnyVla) -> int:
+    """The same of a vla, of which it is always known: whoever looks at one finds it."""
+    found = words(model)
+    assert found is not None
+    return found
+
+
 def dropout(model: Model) -> float:
     """The largest dropout probability of any part, as far as the spec says it."""
     if isinstance(model, Recorded):
