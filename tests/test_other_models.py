@@ -94,15 +94,16 @@ def test_without_weights_it_starts_from_transformers_values_and_moves_between_ba
     assert abs(losses(whole)[0] - np.log(256)) < 0.2, "as good as guessing at the start"
 
 
-def test_a_module_of_ones_own_trains_from_its_own_values(tmp_path):
+@pytest.mark.parametrize("backend", ["fsdp", pytest.param("ddp", marks=pytest.mark.long)])
+def test_a_module_of_ones_own_trains_from_its_own_values(tmp_path, backend):
     section = {"kind": "factory", "target": "own_models:mixers", "arguments": {"dropout": 0.0}}
     section["inventory"] = str(tmp_path / "inventory.json")
     flags, paths = ("--allow-import", "own_models"), str(ROOT / "tests")
     path = recorded(tmp_path, SPEC | {"model": section}, *flags, paths=paths)
     curves = []
-    for number, backend in enumerate(("single", "fsdp")):
-        run = tmp_path / backend
-        words = ("launch/train.py", "--spec", str(path), "--run-dir", str(run), "--set", f"backend.kind={backend}")
+    for number, kind in enumerate(("single", backend)):
+        run = tmp_path / kind
+        words = ("launch/train.py", "--spec", str(path), "--run-dir", str(run), "--set", f"backend.kind={kind}")
         done = torchrun(2 if number else 1, *words, *flags, paths=paths)
         assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
         curves.append(losses(run))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -210,7 +209,8 @@ def test_a_watchdog_that_is_killed_does_not_matter(folder):
 @pytest.mark.fault("F7")
 @pytest.mark.parametrize(("fault", "cause"), [("die", "SIGKILL"), ("crash", "Segmentation fault")])
 def test_a_dead_rank_is_named_and_the_others_end(folder, fault, cause):
-    run = torchrun(folder, fault)
+    # torchrun looks every tenth of a second otherwise, and may see the death, and end rank 0, before the watchdog does.
+    run = torchrun(folder, fault, "--monitor-interval=2")
     until(lambda: at_step(folder, 1, 3), 60, "third step")
     until(lambda: run.poll() is not None, 5, "end")
     assert run.stderr is not None
@@ -220,8 +220,7 @@ def test_a_dead_rank_is_named_and_the_others_end(folder, fault, cause):
     assert "rank 1 died in `data` of step 3" in found["reason"]
     assert (folder / "lost-0").read_text() == found["reason"]  # what the other rank says is the same
     assert errors.count(found["reason"]) == 1
-    # Of rank 0, by its watchdog; or by torchrun, where that has seen the death before it.
-    assert re.search(r"exitcode  : (9|-15) ", errors), errors
+    assert "exitcode  : 9 " in errors, errors  # rank 0's
     if fault == "crash":  # how a process has died is its parent's to know; but it has dumped its stacks
         assert cause in found["reason"]
         assert "go_wrong" in (failure(folder) / "stacks-rank-1.txt").read_text()
