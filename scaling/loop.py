@@ -163,10 +163,11 @@ def train_step(
         with engine.micro_step(last=index == len(micro_batches) - 1):
             with clock.phase("forward"):
                 loss = objective(engine.module, _to(batch, device))
-            with clock.phase("backward"):
-                # The difference is 0, or NaN where the loss is not finite: then no gradient is either, on any rank,
-                # and the engine refuses the update.
-                engine.backward(loss * (scale + (loss - loss).detach()))
+            # The difference is 0, or NaN where the loss is not finite: then no gradient is either, on any rank, and the
+            # engine refuses the update.
+            scaled = loss * (scale + (loss - loss).detach())
+            with clock.backward(scaled):
+                engine.backward(scaled)
         total += loss.detach()
     with clock.phase("optimizer"):
         parts = None if norms is None else norms.over_ranks(engine.gradient_norms(), process)

@@ -433,10 +433,8 @@ def make_recorder(
 ) -> "Recorder":
     """The recorder of a run on this rank; a collective call."""
     from scaling.profile.recorder import Recorder
-    from scaling.profile.waits import NullWaits, Waits
+    from scaling.profile.waits import Waits
 
-    # On a GPU the host launches collectives and goes on.
-    seen = process.device.type == "cpu" and not engine.waits_below_python
     profile = job.spec.profile
     return Recorder(
         sinks,
@@ -447,7 +445,7 @@ def make_recorder(
         first_step=first_step,
         last_step=last_step,
         heartbeat=heartbeat,
-        waits=Waits() if seen else NullWaits(),
+        waits=Waits(process.device, below_python=engine.waits_below_python),
         device_interval_s=profile.device_interval,
         observers=observers,
         gradient_norms=_gradient_norms(job, process) if profile.log_gradients else None,

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import threading
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from scaling.profile.observers import Tracer
 from scaling.profile.ranks import PLACES, own_numbers, told, total_energy
 from scaling.profile.recorder import Recorder, StepResult, Yardsticks
 from scaling.profile.sinks import JsonLines, Memory, TensorBoard, Terminal
-from scaling.profile.waits import NullWaits
+from scaling.profile.waits import NullWaits, Waits
 from scaling.records import BatchPlan, Progress, ValidationRecord
 
 CPU = torch.device("cpu")
@@ -30,9 +31,9 @@ PLAN = BatchPlan(global_batch=8, micro_batch=2, accumulation=2, world_size=2, se
 ALONE = Process(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU)
 
 
-def recorder(*sinks, interval=2, last_step=5, peak_flops=None, gemm_flops=None, process=ALONE):
+def recorder(*sinks, interval=2, last_step=5, peak_flops=None, gemm_flops=None, process=ALONE, waits=None):
     sticks = Yardsticks(1e6, peak_flops, gemm_flops)
-    return Recorder(sinks, PLAN, process, sticks, interval=interval, first_step=0, last_step=last_step)
+    return Recorder(sinks, PLAN, process, sticks, interval=interval, first_step=0, last_step=last_step, waits=waits)
 
 
 def take(taker, step, loss=2.0, norm=1.0, bad=(0.0, 0.0), loss_scale=1.0):
@@ -205,20 +206,112 @@ def test_the_clock_adds_up_phases_and_begins_anew_each_lap():
     assert clock.lap().seconds()["forward"] == 0
 
 
+class Watching(NullWaits):
+    watching = True
+
+
 def test_what_was_waited_for_others_is_taken_out_of_the_phases(monkeypatch):
-    now, waits = [0.0], NullWaits()
-    monkeypatch.setattr("scaling.profile.clock.time.perf_counter", lambda: now[0])
-    waits.seconds = 0.0
+    now, waits = [0.0], Watching()
+    monkeypatch.setattr("scaling.profile.waits.time.perf_counter", lambda: now[0])
     clock, timings = Clock(CPU, waits=waits), Timings()
     for _ in range(2):
         with clock.phase("forward"):
             now[0] += 5.0
-            waits.seconds += 2.0
+            waits.seen.append((now[0] - 2.0, now[0]))
         now[0] += 1.0
-        waits.seconds += 0.5  # between phases
+        waits.seen.append((now[0] - 0.5, now[0]))  # between phases
         timings.add(clock.lap())
     found = timings.mean()
     assert (found["forward"], found["communication"], found["data"]) == (3.0, 2.5, 0.0)
+
+
+class FakeGpu:
+    """Streams by the time that their work until now takes."""
+
+    def __init__(self, monkeypatch):
+        class Stream:
+            def __init__(self):
+                self.reached = 0.0
+
+            def wait_event(self, event):
+                self.reached = max(self.reached, event.at)
+
+        class Event:
+            def __init__(_, **_more):
+                pass
+
+            def record(event):
+                event.at = self.current.reached
+
+            def elapsed_time(event, later):
+                return 1000 * (later.at - event.at)
+
+        class Work:
+            def wait(work):
+                self.current.reached = max(self.current.reached, work.at)
+
+        self.computation = self.current = Stream()
+        self.other, self.Event, self.Work = Stream(), Event, Work
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr("scaling.profile.waits.dist.Work", Work)
+
+    def event(self, at):
+        event = self.Event()
+        event.at = at
+        return event
+
+    def work(self, at):
+        work = self.Work()
+        work.at = at
+        return work
+
+
+def test_on_a_gpu_the_stream_of_the_computation_tells_how_long_it_stands_still(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    waits = Waits(torch.device("cuda:0"), below_python=False)
+    clock = Clock(torch.device("cuda:0"), waits=waits)
+    try:
+        with clock.phase("forward"):
+            gpu.computation.reached += 1.0
+            gpu.computation.wait_event(gpu.event(at=4.0))  # of an all-gather, 3 s later
+            gpu.other.wait_event(gpu.event(at=50.0))
+            gpu.current = gpu.other
+            gpu.work(at=60.0).wait()  # holds that stream, not the computation
+            gpu.current = gpu.computation
+            writer = threading.Thread(target=gpu.work(at=0.0).wait)  # of a checkpoint: its thread does not compute
+            writer.start()
+            writer.join()
+            gpu.computation.reached += 2.0
+        gpu.work(at=7.0).wait()  # a second between phases
+        told = clock.lap()
+        assert told.needs_device and told.seconds() == {
+            **dict.fromkeys(PHASES, 0.0),
+            "forward": 3.0,
+            "communication": 4.0,
+        }
+        assert len(told._waits) == 2
+        waits.watching = False
+        with clock.phase("forward"):
+            gpu.computation.wait_event(gpu.event(at=9.0))
+        unwatched = clock.lap().seconds()
+        assert unwatched["forward"] == 2.0 and unwatched["communication"] is None
+    finally:
+        waits.close()
+    assert "watched" not in torch.cuda.Stream.wait_event.__qualname__ + gpu.Work.wait.__qualname__
+
+
+def test_on_a_gpu_waits_are_counted_in_the_steps_that_are_told_of(monkeypatch):
+    monkeypatch.setattr("scaling.profile.recorder.MemoryMonitor", lambda device: MemoryMonitor(CPU))
+    monkeypatch.setattr("scaling.profile.recorder.DeviceMonitor", lambda device, interval_s: DeviceMonitor(CPU))
+    process = Process(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cuda:0"))
+    waits, watched = Watching(), []
+    taker = recorder(Memory(), interval=5, last_step=12, waits=waits, process=process)
+    for step in range(1, 13):
+        taker.begin(step)
+        watched += [step] if waits.watching else []
+    assert watched == [3, 5, 8, 10, 12]
 
 
 class SlowSink(Memory):
@@ -341,5 +434,6 @@ def test_what_a_cpu_cannot_say_is_none():
 
 def test_what_stands_for_the_recorder_in_its_benchmark_has_all_that_training_asks_of_it() -> None:
     source = (ROOT / "scaling" / "loop.py").read_text(encoding="utf-8")
-    asked = set(re.findall(r"recorder\.([a-z_]+)", source)) - {"validation"}  # which the benchmark has none of
+    asked = set(re.findall(r"(?:recorder|clock)\.([a-z_]+)", source))
+    asked.remove("validation")  # which the benchmark has none of
     assert asked >= {"step", "clock"} and all(hasattr(profiler._Nothing(), name) for name in asked), asked

@@ -84,14 +84,59 @@ def test_a_trace_names_steps_and_phases(sharded):
         assert summary["steps"] == 2 and 0 < summary["communication_seconds"] < summary["device_seconds"]
 
 
-def test_a_single_rank_has_no_others_and_ddp_does_not_say_what_it_waits(tmp_path, sharded):
+SLOW = """
+import os, sys, time
+from scaling import loop, train
+
+real = loop._to
+
+
+def slow(batch, device):
+    time.sleep(0.05 * int(os.environ["RANK"]))
+    return real(batch, device)
+
+
+loop._to = slow
+sys.exit(train.main(sys.argv[1:]))
+"""
+"""Rank 1 takes 50 ms longer in each forward pass."""
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        '{"kind":"ddp"}',
+        pytest.param('{"kind":"fsdp"}', marks=pytest.mark.long),
+        pytest.param('{"kind":"deepspeed","zero_stage":2}', marks=pytest.mark.long),
+    ],
+)
+def test_the_slow_rank_is_named(backend, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    where = ["--spec", str(SPECS / "gpt-parity.json"), "--run-dir", str(tmp_path / "run")]
+    changes = [*STEPS, f"backend={backend}", "profile.interval=1"]
+    done = torchrun(2, str(tmp_path / "slow.py"), *where, *(word for one in changes for word in ("--set", one)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in (lines := read_run(tmp_path / "run").warm):
+        slowest, fastest = line["ranks"]["slowest"], line["ranks"]["fastest"]
+        micro_steps = 2
+        assert (slowest["rank"], fastest["rank"]) == (1, 0)
+        assert slowest["seconds"] - fastest["seconds"] > 0.04 * micro_steps
+        assert line["ranks"]["of"]["communication"]["max"] > 0.04 * micro_steps
+        assert sum(line["time"].values()) == pytest.approx(line["step_seconds"])
+    assert len(lines) == 6
+
+
+def test_a_single_rank_has_no_others_and_all_backends_tell_of_the_same_gradients(tmp_path, sharded):
     often = ("profile.interval=4", "profile.log_gradients=true")
     alone = train(tmp_path / "single", *STEPS, 'backend={"kind":"single"}', *often, ranks=1)
     assert alone.steps[-1]["ranks"] is None and alone.steps[-1]["time"]["communication"] == 0
     shared = train(tmp_path / "ddp", *STEPS, 'backend={"kind":"ddp"}', *often)
     last = shared.steps[-1]
-    assert last["time"]["communication"] is None is last["ranks"]["slowest"]
-    assert sum(value or 0 for value in last["time"].values()) == pytest.approx(last["step_seconds"])
+    assert last["time"]["communication"] > 0 and {last["ranks"][end]["rank"] for end in ("slowest", "fastest")} == {
+        0,
+        1,
+    }
+    assert sum(last["time"].values()) == pytest.approx(last["step_seconds"])
     for ours, theirs, third in zip(alone.steps, shared.steps, sharded.steps[1::2], strict=True):
         for kind, norms in ours["gradient_norms"].items():
             assert norms == pytest.approx(theirs["gradient_norms"][kind], rel=1e-5)

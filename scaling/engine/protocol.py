@@ -59,8 +59,7 @@ class Engine(Protocol):
 
     @property
     def waits_below_python(self) -> bool:
-        """Whether some of its collectives are waited for where no Python code sees it, so that nobody can say how long
-        a rank waits for others."""
+        """Whether others are waited for where no Python code sees it: at the end of a backward pass."""
         ...
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:

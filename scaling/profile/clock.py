@@ -1,70 +1,68 @@
 """Where a step's time goes, by phase. On a GPU by events, read when the step's results are, never waited for."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
-from scaling.profile.waits import NullWaits, Waits
+from scaling.profile.waits import Moment, NullWaits, Wait, now_on, seconds_between
 from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
 
 PHASES = ("data", "forward", "backward", "optimizer")
 COMMUNICATION = "communication"
 
-_Span = tuple[str, "float | torch.cuda.Event", "float | torch.cuda.Event", float]
-"""Phase, start, end, and the seconds in between that this rank waited for others."""
+_HOST = torch.device("cpu")
+_Span = tuple[str, Moment, Moment, list[Wait]]
+"""Phase, start, end, and when in between this rank waited for others."""
 
 
 class Clock:
     """Times the phases of one step after another; phases of the same name add up."""
 
     def __init__(
-        self, device: torch.device, heartbeat: Heartbeat | None = None, waits: Waits | NullWaits | None = None
+        self, device: torch.device, heartbeat: Heartbeat | None = None, waits: NullWaits | None = None
     ) -> None:
         """`heartbeat` hears of each phase; `waits` knows how long this rank has waited for others."""
         self.around: Callable[[str], AbstractContextManager[object]] | None = None
         """What else is to go around each phase; None for most steps."""
         self._heartbeat = heartbeat or NullHeartbeat()
         self._waits = waits or NullWaits()
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._spans: list[_Span] = []
-        self._waited = 0.0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what is inside as `name`. Waiting for data is the host's time, on a GPU too."""
+        device = _HOST if name == "data" else self._device
         self._heartbeat.part(name)
         with contextlib.nullcontext() if self.around is None else self.around(name):
-            waited, start = self._waits.seconds or 0.0, self._now(name)
+            waited, start = len(self._waits.seen), now_on(device)
             yield
-            end = self._now(name)
+            end = now_on(device)
         self._heartbeat.part("other")
-        self._spans.append((name, start, end, (self._waits.seconds or 0.0) - waited))
+        self._spans.append((name, start, end, self._waits.seen[waited:]))
+
+    @contextlib.contextmanager
+    def backward(self, loss: Tensor) -> Iterator[None]:
+        """Time the backward pass of `loss`."""
+        with self.phase("backward"), self._waits.backward(loss):
+            yield
 
     def lap(self) -> "Lap":
         """End the step: its spans, to be read once the device has finished it."""
         spans, self._spans = self._spans, []
-        waited = self._waits.seconds
-        since, self._waited = None if waited is None else waited - self._waited, waited or 0.0
-        return Lap(spans, since)
-
-    def _now(self, name: str) -> "float | torch.cuda.Event":
-        if not self._on_gpu or name == "data":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return Lap(spans, self._waits.take())
 
 
 class Lap:
     """The spans of one step."""
 
-    def __init__(self, spans: list[_Span], waited_s: float | None) -> None:
-        """`waited_s`: what this rank waited for others in the whole step; None where that is not known."""
+    def __init__(self, spans: list[_Span], waits: list[Wait] | None) -> None:
+        """`waits`: when this rank waited for others in the whole step; None where that is not known."""
         self._spans = spans
-        self._waited_s = waited_s
+        self._waits = waits
 
     @property
     def needs_device(self) -> bool:
@@ -76,14 +74,13 @@ class Lap:
         where that is not known. On a GPU the device must have finished the step.
         """
         found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        for name, start, end, waited in self._spans:
-            if isinstance(start, torch.cuda.Event):
-                assert isinstance(end, torch.cuda.Event)
-                found[name] += start.elapsed_time(end) / 1000  # milliseconds
-            else:
-                assert isinstance(end, float)
-                found[name] += end - start - (0.0 if self._waited_s is None else waited)
-        return {**found, COMMUNICATION: self._waited_s}
+        for name, start, end, waits in self._spans:
+            found[name] += seconds_between(start, end) - _total(waits)
+        return {**found, COMMUNICATION: None if self._waits is None else _total(self._waits)}
+
+
+def _total(waits: list[Wait]) -> float:
+    return sum(seconds_between(began, ended) for began, ended in waits)
 
 
 class Timings:
@@ -111,3 +108,9 @@ class Timings:
         laps = max(1, self._laps)
         nothing = Lap([], None).seconds()
         return {name: None if total is None else total / laps for name, total in {**nothing, **self._sums}.items()}
+
+    def following(self) -> "Timings":
+        """What the next record begins with: nothing, or the newest lap until a newer one can be read."""
+        timings = Timings()
+        timings._newest = self._newest
+        return timings

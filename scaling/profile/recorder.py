@@ -23,7 +23,7 @@ from scaling.profile.nvml import DeviceMonitor
 from scaling.profile.observers import Observer
 from scaling.profile.ranks import own_name, own_numbers, told, total_energy
 from scaling.profile.sinks import Sink
-from scaling.profile.waits import NullWaits, Waits
+from scaling.profile.waits import NullWaits
 from scaling.records import BatchPlan, Event, Progress, StepRecord, ValidationRecord
 from scaling.watch.heartbeat import Heartbeat, NullHeartbeat
 
@@ -146,7 +146,7 @@ class Recorder:
         first_step: int,
         last_step: int,
         heartbeat: Heartbeat | None = None,
-        waits: Waits | NullWaits | None = None,
+        waits: NullWaits | None = None,
         device_interval_s: float = 1.0,
         observers: Sequence[Observer] = (),
         gradient_norms: GradientNorms | None = None,
@@ -158,6 +158,7 @@ class Recorder:
         """
         self.heartbeat = heartbeat or NullHeartbeat()
         self._waits = waits or NullWaits()
+        self._counts_waits, self._host = self._waits.watching, process.device.type != "cuda"
         self.clock = Clock(process.device, self.heartbeat, self._waits)
         self._sinks = sinks
         self._plan = plan
@@ -181,7 +182,9 @@ class Recorder:
     def begin(self, step: int) -> None:
         """`step` begins."""
         self.heartbeat.beat("step", step)
-        self.clock.around = self._memory.phase if self._is_due(step) and self._process.device.type == "cuda" else None
+        self.clock.around = None if self._host or not self._is_due(step) else self._memory.phase
+        # On a GPU ranks tell each other of the last step that has landed, two before the one that is recorded.
+        self._waits.watching = self._counts_waits and (self._host or self._is_due(step) or self._is_due(step + 2))
         self._began = time.perf_counter()
         self._observed = any([observer.begin(step, self.clock) for observer in self._observers])
 
@@ -230,10 +233,11 @@ class Recorder:
     @contextlib.contextmanager
     def pause(self, reason: str) -> Iterator[None]:
         """Leave what is inside out of the speed and energy of training, and tell it as `reason`, one of PAUSES."""
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), len(self._waits.seen)
         self._window.add_energy(self._monitor.read())
         yield
         self._monitor.read()
+        del self._waits.seen[waited:]
         self._window.pauses[reason] += time.perf_counter() - began
 
     def close(self) -> None:
@@ -297,7 +301,8 @@ class Recorder:
             if flight.lap.needs_device:
                 self._window.timings.add(flight.lap)
         if flight.reading is not None or landed.refused:
-            following = _Window()  # from now on: writing the record is a part of the next step
+            # From now on: writing the record is a part of the next step.
+            following = _Window(self._window.timings.following())
             record = self._record(flight, landed, parts)
             self._window = following
             for sink in self._sinks:
@@ -366,9 +371,9 @@ class Recorder:
 class _Window:
     """The steps that the next record tells of."""
 
-    def __init__(self) -> None:
+    def __init__(self, timings: Timings | None = None) -> None:
         self.steps = 0
-        self.timings = Timings()
+        self.timings = timings or Timings()
         self.pauses: dict[str, float] = dict.fromkeys(PAUSES, 0.0)
         self.joules: float | None = 0.0
         """Of this rank's GPU, pauses left out; None where it does not say."""
