@@ -77,6 +77,16 @@ def test_short_sequences_take_one_chunk_of_the_loss():
 
 
 @pytest.mark.parametrize("cuda", [True, False])
+def test_another_moment_may_be_the_highest_for_each_micro_batch(cuda):
+    """At 1 the reduction of the last gradients, at 6 of the first, at 40 the start of the backward pass."""
+    spec, groups, plan = resolved("atlas-vla", "zero2")
+    memory = MemoryModel(spec, groups, render(spec, plan.world_size), plan, None, cuda=cuda)
+    for micro in (1, 3, 5, 6, 8, 11, 16, 40):
+        quick, whole = memory.at(micro, 1), memory.exactly(cut(plan, micro, 1))
+        assert quick.peak_allocated_bytes == pytest.approx(whole.peak_allocated_bytes, rel=1e-4), micro
+
+
+@pytest.mark.parametrize("cuda", [True, False])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "hsdp"])
 @pytest.mark.parametrize("recipe", ["atlas-vla-tiny", "gpt-stdlib"])
 def test_any_number_of_micro_steps_is_as_played(recipe, backend, cuda):

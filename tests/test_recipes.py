@@ -16,8 +16,6 @@ TINY = ("gpt2-tiny", "gpt2-dolly-tiny", "minimind-pretrain-tiny", "minimind-sft-
 BACKENDS = {"fsdp": {"kind": "fsdp"}, "zero2": {"kind": "deepspeed", "zero_stage": 2}}
 ALSO = {"minimind-lora-tiny": {"zero3": {"kind": "deepspeed", "zero_stage": 3}}}
 """Where stage 3 differs: frozen parameters, which it gathers."""
-# Under ZeRO-2 the ledger is 2.5 % below the trace: 298 MB of communication are not in it at the peak, why is not known.
-ATLAS = pytest.param("atlas-vla", marks=pytest.mark.xfail(strict=True, reason="2.5 % too low"))
 
 
 def words(folder, data, *, ppo):
@@ -70,7 +68,7 @@ def test_full_recipes_resolve_on_one_four_and_eight(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [one for one in recipes() if not one.endswith(("-tiny", "-ppo", "-vla"))] + [ATLAS])
+@pytest.mark.parametrize("name", [one for one in recipes() if not one.endswith(("-tiny", "-ppo"))])
 def test_full_recipes_take_a_step_on_tensors_without_values(name):
     """At full size, on eight ranks; that of ppo samples, which wants values."""
     found = trace(load_spec(name), 8)

@@ -31,9 +31,6 @@ PER_SEQUENCE = 2**64
 with each sequence. All that is done to sizes (sums, multiples, exact shares) is done to both."""
 BLOCKS = (3, 4)
 """Numbers of blocks that are played for more; the second is the first and one."""
-PROBES = (1, 4, 16, 64, 1024)
-"""Micro-batches for which the highest moment of each stretch is looked for; for others it is one of the same, or so
-near that it does not matter."""
 
 PHASES = ("build", "rollout", "forward", "backward", "optimizer")
 """Whose peaks are told."""
@@ -342,13 +339,27 @@ def _summits(column: Sequence[int]) -> list[int]:
     ]
 
 
-def _tops(lines: Sequence[tuple[int, int]]) -> set[int]:
-    """Which moments, given by base and slope, are the highest for one of PROBES."""
-    found: set[int] = set()
-    for micro in PROBES:
-        values = [base + slope * micro for base, slope in lines]
-        found.add(values.index(max(values)))
-    return found
+def _tops(lines: Sequence[tuple[int, int]]) -> list[int]:
+    """Which lines, given by base and slope, are the highest for some micro-batch of one or more, from the flattest to
+    the steepest; of equal ones the first. (Andrew's monotone chain, for the upper envelope of lines.)
+    """
+    hull: list[int] = []
+    for index in sorted(range(len(lines)), key=lambda index: (lines[index][1], sum(lines[index]), -index)):
+        while hull and not _stays([lines[one] for one in hull[-2:]], lines[index]):
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
+def _stays(hull: Sequence[tuple[int, int]], steeper: tuple[int, int]) -> bool:
+    """Whether the last of one or two lines is ever the highest when a steeper one comes to them."""
+    (base, slope), (last_base, last_slope) = steeper, hull[-1]
+    if base + slope >= last_base + last_slope:  # higher from the start
+        return False
+    first_base, first_slope = hull[0]
+    # Higher than the first from later on than the last is.
+    later = (first_base - base) * (last_slope - first_slope) > (first_base - last_base) * (slope - first_slope)
+    return len(hull) == 1 or later
 
 
 def _both(size: int) -> tuple[int, int]:
@@ -357,15 +368,9 @@ def _both(size: int) -> tuple[int, int]:
     return size - slope * PER_SEQUENCE, slope
 
 
-def _highest(moments: Iterable[_Moment]) -> list[_Moment]:
-    """Those that are the highest for some micro-batch: by how they begin, each steeper than all that begin higher."""
-    found: list[_Moment] = []
-    steepest = float("-inf")
-    for moment in sorted(moments, key=lambda moment: (-moment.at(1), -moment.slope)):
-        if moment.slope > steepest:
-            steepest = moment.slope
-            found.append(moment)
-    return found
+def _highest(moments: Sequence[_Moment]) -> list[_Moment]:
+    """Those that are the highest for some micro-batch."""
+    return [moments[index] for index in _tops([(moment.base, moment.slope) for moment in moments])]
 
 
 def _is_wide(gpu: GPU | None) -> bool:
