@@ -5,7 +5,7 @@ three and of four blocks say what each moment of a deep one holds, and sizes tha
 sequence (PER_SEQUENCE) say it for every micro-batch: a line. The peak is the highest of these lines.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
