@@ -5,7 +5,7 @@ import math
 import os
 
 import pytest
-from processes import SPECS, torchrun
+from processes import SPECS, python, torchrun
 
 from scaling.groups import resolve_groups
 from scaling.inventory import parameters
@@ -101,6 +101,49 @@ def test_an_engine_goes_back_to_an_earlier_state(observed, case, name):
 def test_an_engine_goes_on_from_the_state_of_another(observed, case, name):
     """The first of each case hands over to all; frozen parameters and tied weights are among what it hands over."""
     check_taking_over(observed(case, name), TOLERANCE[case[2]])
+
+
+BUCKETS = """
+import os
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from scaling.engine.torch_engine import _settle_buckets
+
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+dist.init_process_group("gloo")
+model = nn.Sequential(*(nn.Linear(600, 600, bias=False) for _ in range(6)))
+names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+wrapped = DistributedDataParallel(model, init_sync=False, bucket_cap_mb=2)
+_settle_buckets(wrapped, model)
+seen = []
+
+
+def reduce(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    seen.append("reduce " + " ".join(names[parameter.data_ptr()] for parameter in bucket.parameters()))
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+wrapped.register_comm_hook(None, reduce)
+for name, parameter in model.named_parameters():
+    parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+wrapped(torch.ones(2, 600)).sum().backward()
+for line in seen:
+    print(line)
+"""
+
+
+def test_ddp_reduces_a_bucket_while_earlier_layers_still_compute(tmp_path):
+    (tmp_path / "buckets.py").write_text(BUCKETS)
+    done = python(str(tmp_path / "buckets.py"))
+    assert done.returncode == 0, done.stderr
+    seen = done.stdout.splitlines()
+    buckets = [line.split()[1:] for line in seen if line.startswith("reduce")]
+    assert buckets == [[f"{n}.weight", f"{n - 1}.weight"] for n in (5, 3, 1)]
+    assert seen.index("reduce 5.weight 4.weight") < seen.index("3.weight"), "not all of them at the end"
 
 
 @pytest.mark.skipif(not os.environ.get("NVME"), reason="NVME=1 tries it: DeepSpeed compiles async_io, for minutes")

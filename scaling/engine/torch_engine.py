@@ -220,8 +220,9 @@ def _settle_buckets(wrapped: DistributedDataParallel, model: nn.Module) -> None:
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     forward = model.forward
-    # Gradients in the order of real ones, nearly: from the last parameter to the first.
-    model.forward = lambda: torch.stack([parameter.sum() * 0 for parameter in reversed(trainable)]).sum()
+    # Gradients in the order of real ones, nearly: from the last parameter to the first, since autograd begins with what
+    # was computed last. A bucket can then be reduced while earlier layers still compute.
+    model.forward = lambda: torch.stack([parameter.sum() * 0 for parameter in trainable]).sum()
     wrapped().backward()
     wrapped.reducer._rebuild_buckets()  # as the next forward pass would
     model.forward = forward
