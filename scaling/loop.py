@@ -154,15 +154,17 @@ def train_step(
     `norms`: what is to be told of the gradient's parts, if anything.
     """
     device = process.device
-    terms = sum(batch.terms for batch in micro_batches)
-    terms = process.sum_over_ranks(torch.tensor(float(terms), device=device)).clamp(min=1.0)
-    # Gradients are averaged over ranks; each rank's share of the sum is therefore scaled up by their number.
-    scale = process.world_size / terms
-    total = torch.full((), 0.0, device=device)
+    own = sum(batch.terms for batch in micro_batches)
+    counted = process.begin_sum(torch.tensor(float(own), device=device))  # while the first forward pass runs
+    terms = scale = total = torch.full((), 0.0, device=device)
     for index, batch in enumerate(micro_batches):
         with engine.micro_step(last=index == len(micro_batches) - 1):
             with clock.phase("forward"):
                 loss = objective(engine.module, _to(batch, device))
+            if index == 0:
+                # Gradients are averaged over ranks, so each rank's share of the sum is scaled up by their number.
+                terms = counted().clamp(min=1.0)
+                scale = process.world_size / terms
             # The difference is 0, or NaN where the loss is not finite: then no gradient is either, on any rank, and the
             # engine refuses the update.
             scaled = loss * (scale + (loss - loss).detach())

@@ -46,6 +46,19 @@ class Process:
             dist.all_reduce(value)
         return value
 
+    def begin_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        """As `sum_over_ranks`, while other work goes on: what is returned waits for the sum and returns it."""
+        if self.world_size == 1:
+            return lambda: value
+        work = dist.all_reduce(value, async_op=True)
+        assert work is not None
+
+        def end() -> Tensor:
+            work.wait()
+            return value
+
+        return end
+
     def gather_objects(self, value: T) -> list[T]:
         """`value` of every rank, in the order of ranks; a collective call through the host."""
         if self.world_size == 1 or dist.get_backend() == "fake":  # a rehearsal: every rank is this one
