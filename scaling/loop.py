@@ -163,19 +163,23 @@ def train_step(
                 loss = objective(engine.module, _to(batch, device))
             if index == 0:
                 # Gradients are averaged over ranks, so each rank's share of the sum is scaled up by their number.
-                terms = counted().clamp(min=1.0)
+                terms = counted().clamp_(min=1.0)
                 scale = process.world_size / terms
-            # The difference is 0, or NaN where the loss is not finite: then no gradient is either, on any rank, and the
-            # engine refuses the update.
-            scaled = loss * (scale + (loss - loss).detach())
-            with clock.backward(scaled):
-                engine.backward(scaled)
+            _backward(engine, clock, loss, scale)
         total += loss.detach()
     with clock.phase("optimizer"):
         parts = None if norms is None else norms.over_ranks(engine.gradient_norms(), process)
         norm = engine.step()
     loss, wishes, bad_ranks = _over_ranks(total, requests, process)
     return StepResult(loss / terms, norm, bad_ranks, wishes, parts)
+
+
+def _backward(engine: Engine, clock: Clock, loss: Tensor, scale: Tensor) -> None:
+    # The difference is 0, or NaN where the loss is not finite: then no gradient is either, on any rank, and the engine
+    # refuses the update.
+    scaled = loss * (scale + (loss - loss).detach())
+    with clock.backward(scaled):
+        engine.backward(scaled)
 
 
 def measure_validation(

@@ -37,8 +37,8 @@ KERNEL_SECONDS = 2e-6
 the shortest kernel of a stream takes about this long."""
 HOST_KERNEL_SECONDS, HOST_BACKWARD_SECONDS = 8e-6, 5e-6
 """The host's time to issue a kernel from Python, and from autograd's own thread. Engineering judgement."""
-SCORE_BYTES = 2 + 4 + 24
-"""Of each logit, where nothing but the loss is wanted: to fp32, and logsumexp as in `_chunk_seconds`."""
+SCORE_BYTES = 2 + 4 + 16
+"""Of each logit, where nothing but the loss is wanted: to fp32, and log_softmax as in `_chunk_seconds`."""
 
 
 class Pass(NamedTuple):
@@ -169,9 +169,9 @@ def head_passes(
 def _chunk_seconds(head: Product, rows: int, rates: Rates) -> float:
     """One chunk of the cross-entropy: `rows` tokens, forward and backward."""
     width = rates.width
-    # To fp32; logsumexp reads for the maximum, subtracts, exponentiates and adds up; then in place twice, and a mask;
-    # the gradient goes to the compute type.
-    moved = (width + 4 + 24 + 24 + 4 + width) * rows * head.outputs
+    # To fp32; log_softmax reads for the maximum and for the sum, and a third time to write; then an exponent and a mask
+    # in place; the gradient goes to the compute type.
+    moved = (width + 4 + 16 + 16 + 4 + width) * rows * head.outputs
     if head.trains:  # the chunk's product is added to a sum in fp32
         moved += (width + 8) * head.inputs * head.outputs
     products = product_seconds(rows, head.inputs, head.outputs, rates) + _product_backward(head, rows, rates)

@@ -309,23 +309,24 @@ class PlayedDecoder(PlayedBlocks):
         rows = max(1, CHUNK_ELEMENTS // vocabulary)
         sizes, counts = ops.wanted((hidden, weight), (hidden.elements, weight.elements)), self.chunks(rows)
         losses = ops.new(ops.shape.rows, FLOAT)
-        logits = mask = safe = normaliser = None
+        logits = mask = safe = None
         for count in counts:
-            logits, mask, safe, normaliser = self.scored(count)
-        del logits, mask, safe, normaliser
+            logits, mask, safe = self.scored(count)
+        del logits, mask, safe
 
         def run(_: Storage, __: list[Storage]) -> Gradients:
             found: list[Storage | None] = [
                 None if sizes[0] is None else ops.new(sizes[0]),
                 None if sizes[1] is None else ops.new(sizes[1], FLOAT),
             ]
-            logits = mask = safe = normaliser = grad = None
+            logits = mask = safe = grad = None
             for count in counts:
-                logits, mask, safe, normaliser = self.scored(count)
+                logits, mask, safe = self.scored(count)
+                self.slope(count, counted=True)
                 grad = logits if exact else ops.new(count * vocabulary)
-                product = None if sizes[1] is None else ops.new(sizes[1])
+                product = None if sizes[1] is None or exact else ops.new(sizes[1])
                 del product
-            del logits, mask, safe, normaliser, grad
+            del logits, mask, safe, grad
             if sizes[1] is not None and not exact:
                 found[1] = ops.new(sizes[1])
             return found
@@ -334,17 +335,18 @@ class PlayedDecoder(PlayedBlocks):
         return ops.result(ops.shape.rows, [hidden, weight], saved, run, losses)
 
     def scored(self, rows: int) -> tuple[Storage, ...]:
-        """_scored of scaling/models/loss.py: logits in fp32, a mask, targets, normalisers."""
+        """_scored of scaling/models/loss.py: logits in fp32, a mask, targets."""
         ops = self.ops
         half = ops.new(rows * self.model.vocab_size)
         logits = ops.new(rows * self.model.vocab_size, FLOAT) if ops.shape.width != FLOAT else half
         del half
-        mask, safe = ops.new(rows, 1), ops.new(rows, LONG)
-        # logsumexp subtracts the maxima into another tensor (torch/_refs/__init__.py); what is counted on a CPU are
-        # tensors that Python sees, on a GPU all that is allocated.
-        apart = ops.new(rows * self.model.vocab_size, FLOAT) if ops.cuda else None
-        del apart
-        return logits, mask, safe, ops.new(rows, FLOAT)
+        return logits, ops.new(rows, 1), ops.new(rows, LONG)
+
+    def slope(self, rows: int, *, counted: bool = False) -> None:
+        """_slope of scaling/models/loss.py, in place: what each row counts, and what is taken from its target."""
+        counts = self.ops.new(rows, FLOAT) if counted else None
+        ones = self.ops.new(rows, FLOAT)
+        del counts, ones
 
     def chunked_loss(self, hidden: Value, weight: Value) -> Value:
         """_ChunkedCrossEntropy.forward."""
@@ -354,19 +356,22 @@ class PlayedDecoder(PlayedBlocks):
         kept = [ops.new(hidden.elements)] if hidden.node else []
         kept += [ops.new(weight.elements, FLOAT)] if weight.node else []
         # The loop's variables hold what the iteration before made until they are given something new.
-        logits = mask = safe = normaliser = picked = grad = None
+        logits = mask = safe = picked = grad = None
         for count in self.chunks(rows):
-            logits, mask, safe, normaliser = self.scored(count)
+            logits, mask, safe = self.scored(count)
             picked = ops.new(count, FLOAT)
+            counted, zero = ops.new(count, FLOAT), ops.new(1, FLOAT)
+            del counted, zero
             if not kept:
                 continue
+            self.slope(count)
             grad = logits
             if ops.shape.width != FLOAT:
                 grad = ops.new(count * vocabulary)
-            if weight.node:
+            if weight.node and ops.shape.width != FLOAT:
                 product = ops.new(weight.elements)
                 del product
-        del logits, mask, safe, normaliser, picked, grad
+        del logits, mask, safe, picked, grad
 
         sizes, exact = ops.wanted((hidden, weight), (hidden.elements, weight.elements)), ops.shape.width == FLOAT
 

@@ -48,21 +48,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for chunk, target, place in zip(
-            hidden.split(rows), targets.split(rows), _places(grad_hidden, rows, len(hidden)), strict=True
-        ):
-            logits, kept, safe, normaliser = _scored(chunk, weight, target)
-            picked = logits.gather(1, safe.unsqueeze(1)).squeeze(1)
-            total += torch.where(kept, normaliser - picked, 0).sum()
+        parts = zip(hidden.split(rows), targets.split(rows), _places(grad_hidden, rows, len(hidden)), strict=True)
+        for index, (chunk, target, place) in enumerate(parts):
+            scores, kept, safe = _scored(chunk, weight, target)
+            picked = scores.gather(1, safe).squeeze(1)
+            total -= torch.where(kept, picked, 0).sum()
             if not (wants_hidden or wants_weight):
                 continue
-            grad = _slope(logits, normaliser, safe, kept).to(hidden.dtype)
+            grad = _slope(scores, safe, kept).to(hidden.dtype)
             if place is not None:
                 torch.mm(grad, weight, out=place)
             if grad_weight is not None:
-                grad_weight += grad.t() @ chunk
+                _add_product(grad_weight, grad.t(), chunk, first=index == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -89,9 +88,9 @@ class _ChunkedTokenCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for chunk, target, place in zip(hidden.split(rows), targets.split(rows), losses.split(rows), strict=True):
-            logits, kept, safe, normaliser = _scored(chunk, weight, target)
-            picked = logits.gather(1, safe.unsqueeze(1)).squeeze(1)
-            place.copy_(torch.where(kept, normaliser - picked, 0))
+            scores, kept, safe = _scored(chunk, weight, target)
+            picked = scores.gather(1, safe).squeeze(1)
+            place.copy_(torch.where(kept, -picked, 0))
         return losses
 
     @staticmethod
@@ -99,32 +98,43 @@ class _ChunkedTokenCrossEntropy(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if wants_weight else None
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         places = _places(grad_hidden, rows, len(hidden))
         parts = zip(hidden.split(rows), targets.split(rows), grads[0].split(rows), places, strict=True)
-        for chunk, target, counts, place in parts:
-            logits, kept, safe, normaliser = _scored(chunk, weight, target)
-            grad = _slope(logits, normaliser, safe, kept * counts).to(hidden.dtype)
+        for index, (chunk, target, counts, place) in enumerate(parts):
+            scores, kept, safe = _scored(chunk, weight, target)
+            grad = _slope(scores, safe, kept * counts).to(hidden.dtype)
             if place is not None:
                 torch.mm(grad, weight, out=place)
             if grad_weight is not None:
-                grad_weight += grad.t() @ chunk
+                _add_product(grad_weight, grad.t(), chunk, first=index == 0)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
 
 
-def _scored(chunk: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits in fp32, which targets count, targets that are ids in any case, and the log of the sum of exponents."""
-    logits = F.linear(chunk, weight).float()
+def _scored(chunk: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithms of probabilities in fp32, which targets count, and targets that are ids in any case, [rows, 1]."""
+    scores = F.linear(chunk, weight).float()
+    torch.log_softmax(scores, dim=-1, out=scores)  # each row is read before it is written to, on a CPU and on a GPU
     kept = target != IGNORED
-    return logits, kept, torch.where(kept, target, 0), logits.logsumexp(dim=-1)
+    return scores, kept, torch.where(kept, target, 0).unsqueeze(1)
 
 
-def _slope(logits: Tensor, normaliser: Tensor, safe: Tensor, counts: Tensor) -> Tensor:
-    """The gradient of each row's loss with respect to its logits, times what the row counts; in their place."""
-    grad = logits.sub_(normaliser.unsqueeze(1)).exp_()
-    grad.scatter_add_(1, safe.unsqueeze(1), torch.full_like(normaliser, -1.0).unsqueeze(1))
+def _slope(scores: Tensor, safe: Tensor, counts: Tensor) -> Tensor:
+    """The gradient of each row's loss with respect to its logits, times what the row counts; in place of `scores`."""
+    grad = scores.exp_()
+    grad.scatter_add_(1, safe, torch.full_like(safe, -1.0, dtype=grad.dtype))
     return grad.mul_(counts.unsqueeze(1))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Add left @ right to `total`, which holds nothing yet at the first."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total += left @ right
 
 
 def _places(grad_hidden: Tensor | None, rows: int, total: int) -> list[Tensor | None]:
