@@ -305,7 +305,7 @@ class Seen(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         self.operations.add(str(function.overloadpacket))
-        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor):
                 self.largest = max(self.largest, value.numel())

@@ -350,9 +350,9 @@ def test_a_run_that_goes_on_has_no_post_mortem_any_more(spec, tmp_path, capsys, 
 
 
 def test_a_real_limit_and_the_first_suggestion_under_it(tmp_path):
-    """The address space may grow by 400 MB: 64 sequences at a time do not fit, what is suggested does."""
+    """The address space may grow by 400 MB: 128 sequences at a time do not fit, what is suggested does."""
     flat = {"objective": {"kind": "causal_lm"}, "validation": None, "checkpoint": None, "max_steps": 2}
-    batch = {"batch": {"global_batch_size": 96, "micro_batch_size": 96}}
+    batch = {"batch": {"global_batch_size": 128, "micro_batch_size": 128}}
     path = tmp_path / "spec.json"
     data = SPEC["data"] | {"samples": 200, "validation_samples": 0}
     path.write_text(json.dumps(SPEC | flat | batch | {"data": data}))

@@ -130,7 +130,7 @@ def _slope(scores: Tensor, safe: Tensor, counts: Tensor) -> Tensor:
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """Add left @ right to `total`, which holds nothing yet at the first."""
     if total.dtype == left.dtype:
-        total.addmm_(left, right, beta=0 if first else 1)
+        torch.addmm(total, left, right, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(left @ right)
     else:
