@@ -17,7 +17,6 @@ Exit code 1 where a row became slower, larger, or failed; 0 otherwise; 2 where a
 import json
 import math
 import statistics
-import sys
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.run import KIND
-from scaling.errors import CommandLine, UserError, run_command
+from scaling.errors import CommandLine, UserError, run_program
 from scaling.view import Sheet, print_sheet
 
 PAIRED, UNPAIRED, ONCE = 0.02, 0.05, 0.10
@@ -204,4 +203,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import results_page
 from benchmarks.machine import Device, device, end_on_sigterm, run_within
-from scaling.errors import CommandLine, UserError, positive, run_command
+from scaling.errors import CommandLine, UserError, positive, run_program
 from scaling.run_folder import environment
 from scaling.units import format_seconds
 
@@ -288,4 +288,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import Device, device, ran_on
-from scaling.errors import CommandLine, UserError, positive, run_command
+from scaling.errors import CommandLine, UserError, positive, run_program
 from scaling.estimate.memory import MemoryModel
 from scaling.estimate.results import MemoryEstimate
 from scaling.hardware import GPUS, gpu_from_device_name
@@ -223,4 +223,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -9,13 +9,12 @@ what it ran on.
 
 import importlib.util
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.run import KIND
-from scaling.errors import CommandLine, UserError, run_command, write_output
+from scaling.errors import CommandLine, UserError, run_program, write_output
 from scaling.units import format_bytes, format_count, format_seconds
 
 FOLDER = Path(__file__).parent
@@ -281,4 +280,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

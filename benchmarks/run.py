@@ -17,7 +17,6 @@ has pairs to go by. Exit code 0 whatever is found; 2 where the command line is w
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -30,7 +29,7 @@ from typing import Any
 from benchmarks.cell import ROOT, facts, measure, rehearse, resolved
 from benchmarks.machine import Device, device, end_on_sigterm, is_busy, load, ran_on, taken_gpus
 from benchmarks.matrix import MATRIX, Cell, cells, load_matrix
-from scaling.errors import CommandLine, UserError, positive, run_command
+from scaling.errors import CommandLine, UserError, positive, run_program
 from scaling.run_folder import environment
 from scaling.units import format_bytes, format_seconds
 
@@ -320,4 +319,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed, too
 
-from scaling.errors import run_command
+from scaling.errors import run_program
 from scaling.train import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

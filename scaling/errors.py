@@ -1,6 +1,7 @@
 """What the user can do wrong, as exceptions that carry the exit code of the run (see the table in README.md)."""
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -120,7 +121,7 @@ def write_output(path: Path | str, text: str, flag: str, remedy: str = "") -> No
 def run_command(main: Callable[[], int | None]) -> int:
     """Call `main` and return the exit code of the process; a UserError becomes its message on standard error.
 
-    Entry points end with `sys.exit(run_command(main))`.
+    Entry points end with `run_program(main)`.
     """
     try:
         code = main() or 0
@@ -135,3 +136,10 @@ def run_command(main: Callable[[], int | None]) -> int:
         # The reader (`| head`) has what it wanted. What is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # as shells report SIGPIPE
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """End the process with the exit code of `run_command`."""
+    code = run_command(main)
+    gc.freeze()  # before its end the interpreter looks through all there is, several times: with torch, for a second
+    sys.exit(code)

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from scaling.checkpoint.huggingface import CONFIG, OWN_CONFIG, Stored, family, layout, render_config
 from scaling.checkpoint.store import free_bytes, sync_folder, write_synced
 from scaling.data.progress import progress_in_bytes
-from scaling.errors import CheckpointError, CommandLine, StorageError, positive, run_command
+from scaling.errors import CheckpointError, CommandLine, StorageError, positive, run_program
 from scaling.imports import add_allow_import
 from scaling.inventory import parameters
 from scaling.spec.sections import Decoder, HuggingFace, Model, Recorded
@@ -388,4 +387,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

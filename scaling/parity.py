@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
-from scaling.errors import CommandLine, UserError, positive, run_command
+from scaling.errors import CommandLine, UserError, positive, run_program
 from scaling.inventory import dropout
 from scaling.rehearse import forks
 from scaling.run_folder import strict
@@ -284,4 +284,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -18,7 +18,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_command, write_output
+from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_program, write_output
 from scaling.estimate.features import FeatureCache, feature_cache
 from scaling.estimate.formulas import formulas
 from scaling.estimate.memory import (
@@ -567,4 +567,4 @@ def _numbers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

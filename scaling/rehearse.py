@@ -18,13 +18,12 @@ import itertools
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_command
+from scaling.errors import CommandLine, DoesNotFit, UserError, positive, run_program
 from scaling.estimate.memory import MemoryModel
 from scaling.estimate.report import memory_report
 from scaling.hardware import gpu_from_device_name
@@ -408,4 +407,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -8,7 +8,6 @@ disc. The policy plans a chunk of actions, the first `--execute` of them are car
 """
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling.errors import CheckpointError, CommandLine, UserError, positive, run_command, write_output
+from scaling.errors import CheckpointError, CommandLine, UserError, positive, run_program, write_output
 from scaling.imports import add_allow_import
 from scaling.inventory import instruction_words, parameters
 from scaling.spec import Spec, parse_spec
@@ -256,4 +255,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

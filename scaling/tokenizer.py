@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling.errors import CommandLine, UserError, positive, run_command, write_output
+from scaling.errors import CommandLine, UserError, positive, run_program, write_output
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """What ends a text, and what the template "chatml" puts around what is said."""
@@ -87,4 +87,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -24,7 +24,7 @@ from scaling.errors import (
     StorageError,
     UserError,
     positive,
-    run_command,
+    run_program,
 )
 from scaling.groups import empty_groups
 from scaling.imports import GIVEN, add_allow_import, give
@@ -488,4 +488,4 @@ def _show(job: Job, process: "Process", predicted: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -154,4 +154,7 @@ if __name__ == "__main__":
     given = serve(Channel(socket.socket(fileno=int(sys.argv[1]))))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     become(given)
-    run_main(given["words"])
+    try:
+        run_main(given["words"])
+    finally:
+        gc.freeze()  # or the interpreter's end would look through all that was imported, for a second or two

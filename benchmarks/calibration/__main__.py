@@ -9,13 +9,12 @@ without values. The results of the ledger, of GPUs and of published runs are rea
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.calibration import Row, of_trace, read_rows, rows_of, table, write_rows
 from scaling import parity
-from scaling.errors import run_command
+from scaling.errors import run_program
 from scaling.spec import load_spec
 from scaling.trace import trace
 
@@ -81,4 +80,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

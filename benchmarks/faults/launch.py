@@ -6,10 +6,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from benchmarks.faults.hooks import install
-from scaling.errors import run_command
+from scaling.errors import run_program
 from scaling.train import main
 
 if __name__ in ("__main__", "__mp_main__"):  # the latter in processes that it starts
     install()
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -16,14 +16,13 @@ each figure's lowest and highest repeat. What was not measured is null, and "not
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scaling.calibrate.launch import measure_here, measure_on
 from scaling.calibrate.result import Figure, Found, Sizes, hardware_file
-from scaling.errors import CommandLine, UserError, positive, run_command
+from scaling.errors import CommandLine, UserError, positive, run_program
 from scaling.units import format_bytes
 from scaling.view import Sheet, print_sheet, progress
 
@@ -147,4 +146,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

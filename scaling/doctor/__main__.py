@@ -7,14 +7,13 @@ Exit code 0, whether or not something was found: it is advice. 2: a folder holds
 """
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from scaling.doctor import Diagnosis, diagnose
 from scaling.doctor.show import as_json, lines, rules_page
-from scaling.errors import CommandLine, UserError, run_command, write_output
+from scaling.errors import CommandLine, UserError, run_program, write_output
 from scaling.summarize import read_run
 from scaling.view import print_lines
 
@@ -63,4 +62,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -6,12 +6,11 @@ Name, shape, elements, bytes in fp32 (as masters and checkpoints hold them) and 
 """
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from scaling.errors import CommandLine, UserError, run_command, write_output
+from scaling.errors import CommandLine, UserError, run_program, write_output
 from scaling.estimate.models import bare_document
 from scaling.groups import Group, group_of, resolve_groups
 from scaling.imports import add_allow_import, check_allowed
@@ -178,4 +177,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

@@ -1,11 +1,10 @@
 """`python -m scaling.render SPEC --world-size N`: print the config that the backend will get."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scaling.errors import CommandLine, UserError, positive, run_command
+from scaling.errors import CommandLine, UserError, positive, run_program
 from scaling.hardware import parse_gpus
 from scaling.render import render
 from scaling.render.shipped import write_shipped
@@ -50,4 +49,4 @@ def _parser() -> CommandLine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)

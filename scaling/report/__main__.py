@@ -9,12 +9,11 @@ left out of times; of a step that was taken again after a crash the later record
 
 import gc
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scaling.errors import CommandLine, run_command, write_output
+from scaling.errors import CommandLine, run_program, write_output
 from scaling.report.figures import MEMORY, TIMES, figures, read_logged
 from scaling.report.page import compare, page
 from scaling.report.words import energy_words, loss_words, percent, predicted_and_measured, rate_words
@@ -123,4 +122,4 @@ def _parser() -> CommandLine:
 
 if __name__ == "__main__":
     gc.disable()  # a command that soon ends, and keeps all that it reads: collecting would be half of its time
-    sys.exit(run_command(main))
+    run_program(main)

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 from scaling.batch import legal_world_sizes, resolve_batch
-from scaling.errors import CommandLine, UserError, positive, run_command, write_output
+from scaling.errors import CommandLine, UserError, positive, run_program, write_output
 from scaling.groups import Group, check_features, resolve_groups
 from scaling.inventory import parameters
-from scaling.spec import Spec, SpecError, parse_spec, placed, read_document, spec_schema
+from scaling.spec import Spec, SpecError, parse_spec, placed, read_document
 from scaling.spec.document import document_of
 from scaling.spec.foreign import ORIGINS, import_foreign
 from scaling.spec.foreign.source import read_foreign
+from scaling.spec.schema import made_schema
 
 _FEW_RANKS, _MANY_RANKS = 64, 2**16
 """World sizes that the summary looks at, and up to which a batch must fit one: more than any job has had."""
@@ -34,7 +35,7 @@ def main() -> int | None:
     if arguments.command == "validate":
         print(validate(arguments.spec, arguments.assignments))
     elif arguments.command == "schema":
-        print(json.dumps(spec_schema(), indent=2))
+        print(json.dumps(made_schema(), indent=2))
     elif arguments.command == "import":
         return import_file(arguments.file, arguments.format, arguments.num_processes, arguments.out)
     else:
@@ -113,4 +114,4 @@ def _summary(spec: Spec, groups: tuple[Group, ...]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_program(main)
