@@ -20,7 +20,7 @@ CASES = {
     ("llama-parity", 1, "fp16"): "single,fsdp,fsdp-replicate",  # DeepSpeed has no fp16 on a CPU
     ("gpt-parity", 2, "fp32"): "zero2,hsdp,zero3-hpz-cut,zero3-cut",
 }
-LONG = (("llama-parity", 3, "fp32"),)
+LONG = (("llama-parity", 3, "fp32"), ("gpt-parity", 2, "fp32"))
 ENGINES = [
     pytest.param(case, name, marks=[pytest.mark.long] * (case in LONG))
     for case, names in CASES.items()

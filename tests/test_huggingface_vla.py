@@ -221,7 +221,7 @@ ZERO: dict[str, Any] = {"kind": "deepspeed", "reduce_bucket_size": 20000}
     ("backend", "ranks", "mode"),
     [
         pytest.param({"kind": "single"}, 1, "none", marks=pytest.mark.long),
-        ({"kind": "fsdp"}, 4, "full"),
+        pytest.param({"kind": "fsdp"}, 4, "full", marks=pytest.mark.long),
         pytest.param({"kind": "fsdp", "frozen": "replicate"}, 4, "none", marks=pytest.mark.long),
         pytest.param(ZERO | {"zero_stage": 2}, 4, "none", marks=pytest.mark.long),
         (ZERO | {"zero_stage": 3}, 4, "none"),

@@ -99,7 +99,13 @@ PPO = {
 
 @pytest.mark.parametrize(
     ("backend", "precision"),
-    [("single", "bf16"), ("ddp", "fp32"), ("fsdp", "bf16"), ("zero2", "bf16"), ("zero3", "bf16")],
+    [
+        *(
+            pytest.param(*one, marks=pytest.mark.long)
+            for one in (("single", "bf16"), ("ddp", "fp32"), ("fsdp", "bf16"))
+        ),
+        *(("zero2", "bf16"), ("zero3", "bf16")),
+    ],
 )
 def test_rollouts_and_the_steps_after_them_are_counted_as_played(backend, precision):
     """Rank 0 answers, scores with the model and the reference, and trains."""

@@ -229,7 +229,8 @@ def test_curves_agree(gate: str, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.01, "nothing was learnt: the curves would agree whatever"
 
 
-@pytest.mark.parametrize(("world_size", "precision"), [pytest.param(1, "fp32", marks=LONG), (2, "bf16")])
+@LONG
+@pytest.mark.parametrize(("world_size", "precision"), [(1, "fp32"), (2, "bf16")])
 def test_engines(tmp_path: Path, world_size: int, precision: str) -> None:
     """Start values, groups, frozen and trained, refused steps, and states handed from one backend to all others."""
     names = "single,ddp,fsdp,zero1,zero2,zero3" if world_size == 1 else "fsdp,ddp,zero1,zero2,zero3"

@@ -53,7 +53,14 @@ GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
 
 
 LONG = (
-    *("sequences that grow", "Llama, accumulation 1", "shards of unequal size", "selective checkpointing", "compiled"),
+    *(
+        "bf16",
+        "sequences that grow",
+        "Llama, accumulation 1",
+        "shards of unequal size",
+        "selective checkpointing",
+        "compiled",
+    ),
     *("flow matching in bf16, checkpointed", "full checkpointing, plain loss, clipping off"),
     *(name for name in GATES if name.endswith("the others")),
 )

@@ -188,8 +188,6 @@ def test_time_of_our_own_blocks_recorded_is_what_is_estimated(recipe, mode):
 CELLS = [
     ("own", "zero3", "none"),
     ("gpt2", "fsdp", "full"),
-    ("gpt2 with adapters", "zero3", "none"),
-    ("gpt2 on pairs", "fsdp", "none"),
 ]
 MORE = [
     (name, backend, mode)
