@@ -100,11 +100,10 @@ PPO = {
 @pytest.mark.parametrize(
     ("backend", "precision"),
     [
-        *(
-            pytest.param(*one, marks=pytest.mark.long)
-            for one in (("single", "bf16"), ("ddp", "fp32"), ("fsdp", "bf16"))
-        ),
         *(("zero2", "bf16"), ("zero3", "bf16")),
+        pytest.param("single", "bf16", marks=pytest.mark.long),
+        pytest.param("ddp", "fp32", marks=pytest.mark.long),
+        pytest.param("fsdp", "bf16", marks=pytest.mark.long),
     ],
 )
 def test_rollouts_and_the_steps_after_them_are_counted_as_played(backend, precision):
