@@ -1,6 +1,7 @@
 """This process among its peers: rank, device, process group. Read from the environment that any launcher sets."""
 
 import contextlib
+import ctypes
 import datetime
 import gc
 import os
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 TIMEOUT_S = 600.0
 """A collective that takes longer has lost a rank. torch's own 30 minutes hide a hang for half an hour."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's malloc.h: how much free memory is kept at the heap's end, and from which size on a request gets pages of its
+own, which go back as soon as they are freed; 32 MiB is the most."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ def process_from_environment(timeout_s: float = TIMEOUT_S) -> Iterator[Process]:
     local_rank, local_world_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", _integer("LOCAL_SIZE", 0))
     process = Process(rank, world_size, local_rank, local_world_size or world_size, _device(local_rank))
     _share_cores(process)
+    if process.device.type == "cpu":
+        _keep_freed_memory()
     record_collectives()
     if world_size in (1, local_world_size):
         _stay_on_this_machine()
@@ -165,6 +171,17 @@ def _share_cores(process: Process) -> None:
     if process.device.type == "cpu" and not alone:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // process.local_world_size))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one, which wants as much, unless the user has told it something.
+
+    It gives memory back to the system as soon as it can, and gets it again page by page, each filled with zeros.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        adjust(M_TRIM_THRESHOLD, 2**31 - 1)
+        adjust(M_MMAP_THRESHOLD, 32 * 2**20)
 
 
 def _stay_on_this_machine() -> None:
