@@ -3,9 +3,10 @@
 import json
 import math
 import os
+import platform
 
 import pytest
-from processes import SPECS, python, torchrun
+from processes import ENVIRONMENT, SPECS, python, torchrun
 
 from scaling.groups import resolve_groups
 from scaling.inventory import parameters
@@ -144,6 +145,34 @@ def test_ddp_reduces_a_bucket_while_earlier_layers_still_compute(tmp_path):
     buckets = [line.split()[1:] for line in seen if line.startswith("reduce")]
     assert buckets == [[f"{n}.weight", f"{n - 1}.weight"] for n in (5, 3, 1)]
     assert seen.index("reduce 5.weight 4.weight") < seen.index("3.weight"), "not all of them at the end"
+
+
+FREED = """
+import sys
+import torch
+from scaling.engine.process import _keep_freed_memory
+from scaling.host_memory import resident_bytes
+
+if sys.argv[1] == "keep":
+    _keep_freed_memory()
+before = resident_bytes()
+parts = [torch.ones(2**22) for _ in range(8)]  # 16 MiB each
+del parts
+print(resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's memory")
+def test_what_a_step_frees_is_kept_for_the_next_unless_the_user_has_a_say(tmp_path, monkeypatch):
+    def kept(word):
+        done = python(str(tmp_path / "freed.py"), word)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    (tmp_path / "freed.py").write_text(FREED)
+    assert kept("keep") > 100 * 2**20 > 64 * 2**20 > kept("give")
+    monkeypatch.setitem(ENVIRONMENT, "MALLOC_ARENA_MAX", "4")
+    assert kept("keep") < 64 * 2**20
 
 
 @pytest.mark.skipif(not os.environ.get("NVME"), reason="NVME=1 tries it: DeepSpeed compiles async_io, for minutes")
