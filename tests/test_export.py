@@ -377,7 +377,9 @@ print(json.dumps(peaks))
 """
 
 
-@pytest.mark.parametrize("family", [GPT2, LLAMA], ids=["gpt2, transposed", "llama"])
+@pytest.mark.parametrize(
+    "family", [GPT2, pytest.param(LLAMA, marks=pytest.mark.long)], ids=["gpt2, transposed", "llama"]
+)
 def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path, process, family: dict[str, Any]) -> None:
     sizes = dict(vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16)
     spec = decoder_spec(**family, **sizes)

@@ -94,7 +94,8 @@ def test_without_weights_it_starts_from_transformers_values_and_moves_between_ba
     assert abs(losses(whole)[0] - np.log(256)) < 0.2, "as good as guessing at the start"
 
 
-@pytest.mark.parametrize("backend", ["fsdp", pytest.param("ddp", marks=pytest.mark.long)])
+@pytest.mark.long  # in CI: the example of tests/test_own.py
+@pytest.mark.parametrize("backend", ["fsdp", "ddp"])
 def test_a_module_of_ones_own_trains_from_its_own_values(tmp_path, backend):
     section = {"kind": "factory", "target": "own_models:mixers", "arguments": {"dropout": 0.0}}
     section["inventory"] = str(tmp_path / "inventory.json")

@@ -85,6 +85,7 @@ def test_curves_agree(gate, tmp_path):
     assert len(first) == 10 and first[-1]["loss"] < first[0]["loss"], "what is compared must be a run that learns"
 
 
+@pytest.mark.long
 def test_frozen_embeddings_before_blocks_that_are_gathered_whole():
     """No input of the first block wants a gradient: DeepSpeed then frees a leaf module before its backward pass."""
     frozen = 'param_groups=[{"name": "still", "match": ["embed*"], "freeze": true}, {"name": "rest", "match": ["*"]}]'
