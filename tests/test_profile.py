@@ -240,8 +240,8 @@ class FakeGpu:
             def __init__(_, **_more):
                 pass
 
-            def record(event):
-                event.at = self.current.reached
+            def record(event, stream=None):
+                event.at = (stream or self.current).reached
 
             def elapsed_time(event, later):
                 return 1000 * (later.at - event.at)
@@ -279,19 +279,20 @@ def test_on_a_gpu_the_stream_of_the_computation_tells_how_long_it_stands_still(m
             gpu.other.wait_event(gpu.event(at=50.0))
             gpu.current = gpu.other
             gpu.work(at=60.0).wait()  # holds that stream, not the computation
+            gpu.computation.wait_event(gpu.event(at=4.5))  # half a second more, told while another is the current one
             gpu.current = gpu.computation
             writer = threading.Thread(target=gpu.work(at=0.0).wait)  # of a checkpoint: its thread does not compute
             writer.start()
             writer.join()
             gpu.computation.reached += 2.0
-        gpu.work(at=7.0).wait()  # a second between phases
+        gpu.work(at=7.0).wait()  # half a second between phases
         told = clock.lap()
         assert told.needs_device and told.seconds() == {
             **dict.fromkeys(PHASES, 0.0),
             "forward": 3.0,
             "communication": 4.0,
         }
-        assert len(told._waits) == 2
+        assert len(told._waits) == 3
         waits.watching = False
         with clock.phase("forward"):
             gpu.computation.wait_event(gpu.event(at=9.0))

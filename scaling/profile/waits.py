@@ -26,12 +26,12 @@ Wait = tuple[Moment, Moment]
 """Begin and end."""
 
 
-def now_on(device: torch.device) -> Moment:
-    """This moment: of the host's clock, or an event in the midst of a GPU's work."""
+def now_on(device: torch.device, stream: "torch.cuda.Stream | None" = None) -> Moment:
+    """This moment: of the host's clock, or an event in the midst of a GPU's work, on `stream` or on the current one."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(stream)
     return event
 
 
@@ -94,15 +94,18 @@ class Waits(NullWaits):
         def ask(_: Tensor) -> None:
             # Callbacks run in the order in which they were asked for, once all gradients are there. This is the first;
             # DDP asks for its own with its last bucket.
-            Variable._execution_engine.queue_callback(lambda: computed.append(now_on(self._device)))
+            Variable._execution_engine.queue_callback(lambda: computed.append(self._now()))
 
         hook = loss.register_hook(ask)
         yield
         hook.remove()
-        self.seen += [(began, now_on(self._device)) for began in computed]
+        self.seen += [(began, self._now()) for began in computed]
 
     def close(self) -> None:
         dist.Work.wait, torch.cuda.Stream.wait_event = self._wait, self._wait_event
+
+    def _now(self) -> Moment:
+        return now_on(self._device, self._stream)  # which may be told to wait while another stream is the current one
 
     def _holds_computation(self) -> bool:
         # Autograd's own thread computes too, and is none of Python's; the writer of a checkpoint is.
@@ -113,10 +116,10 @@ class Waits(NullWaits):
         def watched(one: Any, *arguments: Any, **more: Any) -> Any:
             if not self.watching or not counts(one):
                 return real(one, *arguments, **more)
-            began = now_on(self._device)
+            began = self._now()
             try:
                 return real(one, *arguments, **more)
             finally:
-                self.seen.append((began, now_on(self._device)))
+                self.seen.append((began, self._now()))
 
         return watched
