@@ -315,6 +315,20 @@ def test_on_a_gpu_waits_are_counted_in_the_steps_that_are_told_of(monkeypatch):
     assert watched == [3, 5, 8, 10, 12]
 
 
+def test_what_ranks_wait_for_to_tell_each_other_is_of_no_step():
+    class Slow(Process):
+        def sum_over_ranks(self, value):
+            waits.seen.append((0.0, 1.0))
+            return value
+
+    waits, kept = Watching(), Memory()
+    process = Slow(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU)
+    taker = recorder(kept, interval=1, process=process, waits=waits)
+    for step in range(1, 4):
+        take(taker, step)
+    assert [record.time["communication"] for record in kept.steps] == [0.0] * 3
+
+
 class SlowSink(Memory):
     """Takes 0.5 s for each record."""
 

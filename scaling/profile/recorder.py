@@ -233,11 +233,11 @@ class Recorder:
     @contextlib.contextmanager
     def pause(self, reason: str) -> Iterator[None]:
         """Leave what is inside out of the speed and energy of training, and tell it as `reason`, one of PAUSES."""
-        began, waited = time.perf_counter(), len(self._waits.seen)
+        began = time.perf_counter()
         self._window.add_energy(self._monitor.read())
-        yield
+        with self._waits.unseen():
+            yield
         self._monitor.read()
-        del self._waits.seen[waited:]
         self._window.pauses[reason] += time.perf_counter() - began
 
     def close(self) -> None:
@@ -271,7 +271,8 @@ class Recorder:
         own = own_numbers({**self._window.timings.mean(), **memory, **device})
         numbers = torch.zeros((self._process.world_size, len(own)), dtype=torch.float64)
         numbers[self._process.rank] = torch.tensor(own, dtype=torch.float64)
-        numbers = self._process.sum_over_ranks(numbers.to(self._process.device, non_blocking=True))
+        with self._waits.unseen():  # the next step's lap would have it, and it is not of its time
+            numbers = self._process.sum_over_ranks(numbers.to(self._process.device, non_blocking=True))
         return _Reading(memory, device, self._send(numbers)[0])
 
     def _look_at_device(self) -> dict[str, Any]:

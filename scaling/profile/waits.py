@@ -59,6 +59,13 @@ class NullWaits:
         seen, self.seen = self.seen, []
         return seen if self.watching else None
 
+    @contextlib.contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What is waited for inside is of no step."""
+        before = len(self.seen)
+        yield
+        del self.seen[before:]
+
     def backward(self, loss: Tensor) -> contextlib.AbstractContextManager[None]:
         """Goes around the backward pass of `loss`."""
         return contextlib.nullcontext()
