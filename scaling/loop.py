@@ -40,6 +40,8 @@ class Course:
     validation_interval: int | None
     save_best: bool
     """Save after each validation that is better than all before."""
+    terms: int | None = None
+    """Of the loss of each step, over all ranks; None where ranks have to tell each other."""
 
 
 def train(
@@ -82,7 +84,7 @@ def train(
         loss_scale, first_sample = engine.loss_scale, progress.first_sample(course.plan)
         requests = (stop_requested(), keeper.failed)
         norms = recorder.norms_of(progress.step + 1)
-        result = train_step(engine, objective, micro_batches, process, recorder.clock, requests, norms)
+        result = train_step(engine, objective, micro_batches, process, recorder.clock, requests, norms, course.terms)
         progress = progress.after(course.plan)
         stop = settled(recorder.step(progress, first_sample, result, lr=lr, loss_scale=loss_scale))
         keeper.poll()
@@ -148,30 +150,45 @@ def train_step(
     clock: Clock,
     requests: tuple[bool, bool],
     norms: GradientNorms | None = None,
+    known_terms: int | None = None,
 ) -> StepResult:
     """One optimizer step over the micro-batches of this rank. `requests`: to stop; to look at a save that failed.
 
-    `norms`: what is to be told of the gradient's parts, if anything.
+    `norms`: what is to be told of the gradient's parts, if anything. `known_terms`: of all ranks' samples.
     """
     device = process.device
-    own = sum(batch.terms for batch in micro_batches)
-    counted = process.begin_sum(torch.tensor(float(own), device=device))  # while the first forward pass runs
-    terms = scale = total = torch.full((), 0.0, device=device)
+    counted = _begin_count(sum(batch.terms for batch in micro_batches), known_terms, process)
+    terms = scale = torch.full((), 1.0, device=device)
+    total = torch.full((), 0.0, device=device)
+    told = None
     for index, batch in enumerate(micro_batches):
-        with engine.micro_step(last=index == len(micro_batches) - 1):
+        last = index == len(micro_batches) - 1
+        with engine.micro_step(last=last):
             with clock.phase("forward"):
                 loss = objective(engine.module, _to(batch, device))
+            total += loss.detach()
+            if last:
+                told = _begin_over_ranks(engine, total, requests, process)
             if index == 0:
                 # Gradients are averaged over ranks, so each rank's share of the sum is scaled up by their number.
                 terms = counted().clamp_(min=1.0)
                 scale = process.world_size / terms
             _backward(engine, clock, loss, scale)
-        total += loss.detach()
+    assert told is not None
     with clock.phase("optimizer"):
         parts = None if norms is None else norms.over_ranks(engine.gradient_norms(), process)
         norm = engine.step()
-    loss, wishes, bad_ranks = _over_ranks(total, requests, process)
+    loss, wishes, bad_ranks = told()
     return StepResult(loss / terms, norm, bad_ranks, wishes, parts)
+
+
+def _begin_count(own: int, known: int | None, process: Process) -> Callable[[], Tensor]:
+    """What is returned has the terms of all ranks, of which these are this one's."""
+    if known is None:
+        return process.begin_sum(torch.tensor(float(own), device=process.device))  # while the first forward pass runs
+    assert own * process.world_size == known, "samples whose terms are known have others"
+    count = torch.full((), float(known), device=process.device)
+    return lambda: count
 
 
 def _backward(engine: Engine, clock: Clock, loss: Tensor, scale: Tensor) -> None:
@@ -217,15 +234,24 @@ def measure_validation(
     return ValidationRecord(step, loss, bits_per_byte, int(terms), seconds, time.time(), unit, means)
 
 
-def _over_ranks(total: Tensor, requests: tuple[bool, bool], process: Process) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss of all ranks, how many have each request, and whose own loss was not finite: one collective."""
+def _begin_over_ranks(
+    engine: Engine, total: Tensor, requests: tuple[bool, bool], process: Process
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """What is returned waits for the summed loss of all ranks, how many have each request, and whose own loss was not
+    finite.
+    """
     values = torch.full((3 + process.world_size,), 0.0)
     values[1], values[2] = map(float, requests)
     values = values.to(total.device, non_blocking=True)
     values[0] = total
     values[3 + process.rank] = (~total.isfinite()).float()
-    process.sum_over_ranks(values)
-    return values[0], values[1:3], values[3:]
+    end = engine.begin_sum(values)
+
+    def told() -> tuple[Tensor, Tensor, Tensor]:
+        found = end()
+        return found[0], found[1:3], found[3:]
+
+    return told
 
 
 def _set_learning_rates(groups: list[dict[str, Any]], factor: float) -> dict[str, float]:

@@ -341,6 +341,7 @@ def _train(
         last_step=steps[1],
         validation_interval=spec.validation.interval if spec.validation else None,
         save_best=spec.checkpoint is not None and spec.checkpoint.best,
+        terms=None if (each := datasets[0].terms_per_sample) is None else each * plan.global_batch,
     )
     length = length_at(spec.data) if curriculum_of(spec.data) else None
     policy = NonFinitePolicy(spec.on_nonfinite, spec.nonfinite_limit)

@@ -220,12 +220,18 @@ def some_ids(process: Process, spec) -> torch.Tensor:
 
 
 def step(engine: Engine, ids: torch.Tensor, factor: float, look: Callable[[], object] = lambda: None) -> torch.Tensor:
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    own = torch.arange(3.0 + ranks, device=ids.device)
     for last in (False, True):
         with engine.micro_step(last=last):
             loss = engine.module(ids, ids) * factor / ids.numel()
+            told = engine.begin_sum(own + rank) if last else None
             engine.backward(loss)
     look()
-    return engine.step()
+    norm = engine.step()
+    assert told is not None
+    torch.testing.assert_close(told(), ranks * own + sum(range(ranks)))  # whatever becomes of the gradient
+    return norm
 
 
 def snapshot(engine: Engine, shapes: dict[str, torch.Size]) -> Snapshot:

@@ -110,14 +110,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from scaling.engine.process import Process
+from scaling.engine.rider import Rider
 from scaling.engine.torch_engine import _settle_buckets
 
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
 dist.init_process_group("gloo")
 model = nn.Sequential(*(nn.Linear(600, 600, bias=False) for _ in range(6)))
+rider = Rider(model, Process(0, 1, 0, 1, torch.device("cpu")))
 names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
 wrapped = DistributedDataParallel(model, init_sync=False, bucket_cap_mb=2)
-_settle_buckets(wrapped, model)
+rider.get_off(model)
+_settle_buckets(wrapped, model, rider)
 seen = []
 
 
@@ -131,7 +135,7 @@ def reduce(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Ten
 wrapped.register_comm_hook(None, reduce)
 for name, parameter in model.named_parameters():
     parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
-wrapped(torch.ones(2, 600)).sum().backward()
+rider.backward(wrapped(torch.ones(2, 600)).sum())
 for line in seen:
     print(line)
 """
@@ -143,8 +147,8 @@ def test_ddp_reduces_a_bucket_while_earlier_layers_still_compute(tmp_path):
     assert done.returncode == 0, done.stderr
     seen = done.stdout.splitlines()
     buckets = [line.split()[1:] for line in seen if line.startswith("reduce")]
-    assert buckets == [[f"{n}.weight", f"{n - 1}.weight"] for n in (5, 3, 1)]
-    assert seen.index("reduce 5.weight 4.weight") < seen.index("3.weight"), "not all of them at the end"
+    assert buckets == [["_rider", "5.weight", "4.weight"], *([f"{n}.weight", f"{n - 1}.weight"] for n in (3, 1))]
+    assert seen.index("reduce _rider 5.weight 4.weight") < seen.index("3.weight"), "not all of them at the end"
 
 
 FREED = """
@@ -209,3 +213,43 @@ def check_taking_over(seen, tolerance):
     # Copies that were not refreshed, all of them or the frozen ones, would give these:
     for stale in seen["stale_losses"]:
         assert abs(stale / seen["reference_losses"][0] - 1) > 10 * tolerance
+
+
+MEETINGS = """
+import sys
+import torch.distributed as dist
+import scaling.loop
+from scaling.train import main
+
+meetings, found = [], []
+add_up, take = dist.all_reduce, scaling.loop.train_step
+
+
+def counted(*arguments, **more):
+    meetings.append(arguments)
+    return add_up(*arguments, **more)
+
+
+def step(*arguments):
+    before = len(meetings)
+    result = take(*arguments)
+    found.append(len(meetings) - before)
+    return result
+
+
+dist.all_reduce, scaling.loop.train_step = counted, step
+code = main([*sys.argv[1:], "--spec", "tests/specs/gpt-parity.json", "--plain"])
+print("meetings", *found)
+sys.exit(code)
+"""
+
+
+def test_a_step_under_ddp_needs_no_meeting_of_ranks_beside_that_of_its_gradients(tmp_path):
+    """But where ranks do not know how many targets the others have."""
+    (tmp_path / "meetings.py").write_text(MEETINGS)
+    settings = ("--set", 'backend={"kind": "ddp"}', "--stop-after", "3")
+    for masked, expected in ((0.0, "meetings 0 0 0"), (0.3, "meetings 1 1 1")):
+        command = (str(tmp_path / "meetings.py"), "--run-dir", str(tmp_path / str(masked)), *settings)
+        done = torchrun(2, *command, "--set", f"data.masked_fraction={masked}")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(expected) == 2, done.stdout

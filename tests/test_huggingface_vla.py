@@ -220,11 +220,11 @@ ZERO: dict[str, Any] = {"kind": "deepspeed", "reduce_bucket_size": 20000}
 @pytest.mark.parametrize(
     ("backend", "ranks", "mode"),
     [
-        pytest.param({"kind": "single"}, 1, "none", marks=pytest.mark.long),
+        ({"kind": "single"}, 1, "none"),
         pytest.param({"kind": "fsdp"}, 4, "full", marks=pytest.mark.long),
         pytest.param({"kind": "fsdp", "frozen": "replicate"}, 4, "none", marks=pytest.mark.long),
         pytest.param(ZERO | {"zero_stage": 2}, 4, "none", marks=pytest.mark.long),
-        (ZERO | {"zero_stage": 3}, 4, "none"),
+        pytest.param(ZERO | {"zero_stage": 3}, 4, "none", marks=pytest.mark.long),
     ],
 )
 def test_memory_is_known_before(recorded: Path, backend: dict[str, Any], ranks: int, mode: str, monkeypatch) -> None:

@@ -210,9 +210,10 @@ def test_a_watchdog_that_is_killed_does_not_matter(folder):
 @pytest.mark.parametrize(("fault", "cause"), [("die", "SIGKILL"), ("crash", "Segmentation fault")])
 def test_a_dead_rank_is_named_and_the_others_end(folder, fault, cause):
     # torchrun looks every tenth of a second otherwise, and may see the death, and end rank 0, before the watchdog does.
-    run = torchrun(folder, fault, "--monitor-interval=4")
+    # It looks for the first time so long after the start, of which the ranks have used some seconds by then.
+    run = torchrun(folder, fault, "--monitor-interval=8")
     until(lambda: at_step(folder, 1, 3), 60, "third step")
-    until(lambda: run.poll() is not None, 5, "end")
+    until(lambda: run.poll() is not None, 10, "end")
     assert run.stderr is not None
     errors = run.stderr.read()
     found = exit_of(folder)

@@ -35,6 +35,7 @@ class SyntheticActions:
     """In an instruction."""
     masked_fraction: float = 0.0
     bytes_per_token: float | None = None
+    terms_per_sample = None
 
     @property
     def fingerprint(self) -> str:

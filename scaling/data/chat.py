@@ -96,6 +96,7 @@ class ChatDataset:
     pad: int
     """Id of the tokens that fill a sample up; nothing sees them, and they are no targets."""
     bytes_per_token: float | None = None
+    terms_per_sample = None
 
     @property
     def fingerprint(self) -> str:

@@ -137,6 +137,11 @@ class Dataset(Protocol):
         """
         ...
 
+    @property
+    def terms_per_sample(self) -> int | None:
+        """`Samples.terms` of each sample, where all have as many; None where only reading them tells."""
+        ...
+
     def __len__(self) -> int:
         """The number of samples in one epoch."""
         ...

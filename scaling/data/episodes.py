@@ -101,6 +101,7 @@ class EpisodeDataset:
     features: torch.dtype | None = None
     """Type of what vision made of the images, which then stands in their place; None: images."""
     bytes_per_token: float | None = None
+    terms_per_sample = None
 
     def with_features(self, found: Sequence[np.ndarray], dtype: torch.dtype) -> "EpisodeDataset":
         """The same, with what vision made of the images of each source in their place, the fingerprint unchanged.

@@ -46,6 +46,7 @@ class GivenDataset:
     """A map-style data set, as `Dataset` wants it."""
 
     bytes_per_token = None
+    terms_per_sample = None
 
     def __init__(self, dataset: Any, name: str) -> None:
         """`name` is what errors call it."""

@@ -29,6 +29,7 @@ class PreferenceDataset:
     reference: torch.Tensor | None = None
     """Log-probabilities by the model that training starts from, fp32 [samples, 2]; until it has been asked, zeros."""
     bytes_per_token: float | None = None
+    terms_per_sample = None
 
     @property
     def fingerprint(self) -> str:

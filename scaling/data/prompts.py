@@ -33,6 +33,7 @@ class PromptDataset:
     stop: np.ndarray
     """Ids with which a response ends, int64."""
     bytes_per_token: float | None = None
+    terms_per_sample = None
 
     @property
     def fingerprint(self) -> str:

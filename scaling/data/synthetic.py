@@ -39,6 +39,10 @@ class SyntheticDataset:
     def fingerprint(self) -> str:
         return repr((self.stream, self.samples, self.vocab_size, self.masked_fraction))
 
+    @property
+    def terms_per_sample(self) -> int | None:
+        return None if self.masked_fraction else self.sequence_length
+
     def __len__(self) -> int:
         return self.samples
 

@@ -90,6 +90,10 @@ class WindowDataset:
         parts = (*self.stream.identities(), self.start, self.stop, self.ignore_token_id)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
+    @property
+    def terms_per_sample(self) -> int | None:
+        return self.sequence_length if self.ignore_token_id is None else None
+
     def __len__(self) -> int:
         return max(0, (self.stop - self.start - 1) // self.sequence_length)
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def build_deepspeed(
                 block.register_forward_pre_hook(_ask_for_gradient)
     optimizer = build_adamw(parameters, groups, spec.optimizer)
     wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=rendered, dist_init_required=False)
-    engine = DeepSpeedEngine(wrapped, parameters, stage3=stage3)
+    engine = DeepSpeedEngine(wrapped, parameters, process, stage3=stage3)
     engine.start_from(recipe)
     return engine
 
@@ -81,10 +81,11 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 class DeepSpeedEngine:
     """A model that a DeepSpeed engine trains. See `Engine` for the contract."""
 
-    def __init__(self, engine: Any, parameters: dict[str, nn.Parameter], *, stage3: bool) -> None:
+    def __init__(self, engine: Any, parameters: dict[str, nn.Parameter], process: Process, *, stage3: bool) -> None:
         self.module: nn.Module = engine
         self._engine = engine
         self._parameters = parameters
+        self._process = process
         self._stage3 = stage3
         half = engine.bfloat16_enabled() or engine.fp16_enabled()
         # In 16 bits DeepSpeed has no fp32 values of what is frozen; without them a move to another backend would round.
@@ -116,6 +117,9 @@ class DeepSpeedEngine:
     def micro_step(self, *, last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
         yield
+
+    def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        return self._process.begin_sum(values)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)

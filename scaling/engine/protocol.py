@@ -1,6 +1,6 @@
 """What the loop may ask of a backend."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -64,6 +64,14 @@ class Engine(Protocol):
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Goes around one forward and backward pass; `last` says that `step` comes next."""
+        ...
+
+    def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """The sum of `values` over all ranks; what is returned waits for it and returns it. Collective calls.
+
+        To be called just before the last `backward` of a step, and to be waited for after it: the values may travel
+        with its gradients. A row of fp32 numbers on the device, three more than there are ranks.
+        """
         ...
 
     def backward(self, loss: Tensor) -> None:

@@ -7,7 +7,7 @@ so none of them costs a pass over the gradients or waits for the device.
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +26,7 @@ from scaling.engine.optimizer import build_adamw, make_moments, moments, set_upd
 from scaling.engine.precision import compute_in
 from scaling.engine.process import Process
 from scaling.engine.protocol import FlatShard
+from scaling.engine.rider import Rider
 from scaling.engine.scaler import LossScaler
 from scaling.groups import Group
 from scaling.models.recipe import ModelRecipe, canonical_name
@@ -45,11 +46,13 @@ def build_ddp(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups:
     with warnings.catch_warnings():
         # torch 2.13 announces another name for broadcast_buffers, which older versions lack.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        rider = Rider(model, process)
         wrapped = DistributedDataParallel(model, init_sync=False, **rendered["ddp"])
+        rider.get_off(model)
     if dist.get_backend() == "fake":  # a rehearsal, whose collectives have no result that DDP could wait for
         wrapped.register_comm_hook(None, _as_it_is)
-    _settle_buckets(wrapped, model)
-    return TorchEngine(wrapped, spec, rendered, groups, process)
+    _settle_buckets(wrapped, model, rider)
+    return TorchEngine(wrapped, spec, rendered, groups, process, rider=rider)
 
 
 def build_fsdp(spec: Spec, rendered: dict[str, Any], recipe: ModelRecipe, groups: Sequence[Group], process: Process):
@@ -86,8 +89,12 @@ class TorchEngine:
         *,
         shard_group: dist.ProcessGroup | None = None,
         frozen_masters: Mapping[str, FlatShard] | None = None,
+        rider: Rider | None = None,
     ) -> None:
-        """`frozen_masters`: of parameters that are kept in 16 bits this rank's part of their fp32 values."""
+        """`frozen_masters`: of parameters that are kept in 16 bits this rank's part of their fp32 values.
+
+        `rider`: where DDP brings gradients together.
+        """
         self.module = module
         self._frozen_masters = frozen_masters or {}
         self._parameters = {canonical_name(name): p for name, p in module.named_parameters()}
@@ -98,7 +105,10 @@ class TorchEngine:
         self._trainable = [name for group in groups if not group.frozen for name in group.names]
         self._max_grad_norm: float | None = rendered["max_grad_norm"]
         self._shard_group = shard_group
-        self._device = process.device
+        self._process = process
+        self._rider = rider
+        self._meets = True
+        """The next backward pass is the last of its step."""
         self._scaler = LossScaler() if spec.precision == "fp16" else None
 
     @property
@@ -118,6 +128,7 @@ class TorchEngine:
         return [[names[id(parameter)] for parameter in group["params"]] for group in self.param_groups]
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
+        self._meets = last
         if isinstance(self.module, DistributedDataParallel) and not last:
             return self.module.no_sync()
         if isinstance(self.module, FSDPModule):
@@ -127,12 +138,19 @@ class TorchEngine:
             self.module.set_is_last_backward(last)
         return contextlib.nullcontext()
 
+    def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        return (self._rider or self._process).begin_sum(values)
+
     def backward(self, loss: Tensor) -> None:
-        (loss * self._scaler.scale if self._scaler else loss).backward()
+        loss = loss * self._scaler.scale if self._scaler else loss
+        if self._rider is not None and self._meets:
+            self._rider.backward(loss)
+        else:
+            loss.backward()
 
     def gradient_norms(self) -> dict[str, Tensor]:
         norms = torch._foreach_norm(self._take_gradients())  # pyright: ignore[reportPrivateImportUsage] - as torch itself
-        norms = torch.stack(norms).to(self._device)
+        norms = torch.stack(norms).to(self._process.device)
         _, copies, _ = _place(self._parameters[self._trainable[0]])
         return dict(zip(self._trainable, (norms / (self.loss_scale * copies**0.5)).unbind(), strict=True))
 
@@ -197,7 +215,7 @@ class TorchEngine:
 
     def _global_norm(self, gradients: list[Tensor]) -> Tensor:
         # As torch.nn.utils.get_total_norm does, but in fp32.
-        total = get_total_norm(gradients).to(self._device).square()
+        total = get_total_norm(gradients).to(self._process.device).square()
         if self._shard_group is not None:
             dist.all_reduce(total, group=self._shard_group)
         return total.sqrt()
@@ -212,7 +230,7 @@ def _as_it_is(
     return done
 
 
-def _settle_buckets(wrapped: DistributedDataParallel, model: nn.Module) -> None:
+def _settle_buckets(wrapped: DistributedDataParallel, model: nn.Module, rider: Rider) -> None:
     """Have DDP arrange its buckets now, and not after the first step, by the order in which gradients arrived.
 
     Where an element lies in a bucket decides in which order three or more ranks add it up: a run that resumes would
@@ -223,7 +241,7 @@ def _settle_buckets(wrapped: DistributedDataParallel, model: nn.Module) -> None:
     # Gradients in the order of real ones, nearly: from the last parameter to the first, since autograd begins with what
     # was computed last. A bucket can then be reduced while earlier layers still compute.
     model.forward = lambda: torch.stack([parameter.sum() * 0 for parameter in trainable]).sum()
-    wrapped().backward()
+    rider.backward(wrapped())
     wrapped.reducer._rebuild_buckets()  # as the next forward pass would
     model.forward = forward
     for parameter in trainable:
