@@ -200,7 +200,8 @@ class _Nothing:
 def _stopwatch(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Tokens per second as the run tells them, and by this process's clock."""
     run = folder / "watched"
-    steps = ["--set", f"max_steps={options.pairs * TURN_STEPS}", "--set", "profile.interval=1"]
+    # Not by `max_steps`, which the warm-up of a recipe may be longer than.
+    steps = ["--stop-after", str(options.pairs * TURN_STEPS), "--set", "profile.interval=1"]
     more = [word for change in _changes(options) for word in ("--set", change)]
     command = _command(options, "-m", "scaling.train", "--spec", options.spec, *more, *steps, "--run-dir", str(run))
     started = subprocess.Popen(command, stdout=subprocess.DEVNULL)

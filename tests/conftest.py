@@ -10,7 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 LONG = (
     *("test_recipes", "test_parity", "test_watch", "test_train", "test_ledger", "test_ppo", "test_lora"),
     *("test_huggingface_vla", "test_features", "test_postmortem", "test_trace", "test_engine", "test_wrong_specs"),
-    *("test_huggingface", "test_blocks", "test_other_models", "test_chaos", "test_resume", "test_recorded"),
+    *("test_benchmarks_run", "test_huggingface", "test_blocks", "test_other_models", "test_chaos", "test_resume"),
+    "test_recorded",
 )
 """Begun first, so that no worker is left with one of them when the other has nothing more to do."""
 

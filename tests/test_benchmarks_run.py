@@ -112,7 +112,6 @@ def test_eight_real_ranks_are_the_job_that_was_planned(tmp_path):
     )
 
 
-@pytest.mark.long
 def test_the_suite_at_tiny_size(tmp_path):
     """Every command of it, but for the peers, which have tests of their own."""
     names = [cell.name for cell in gpu_suite.cells(tmp_path, tiny=True) if cell.name != "peers"]
