@@ -1,4 +1,4 @@
-"""RESULTS.md and its pictures, from the results of benchmarks.run: nothing in them is written by hand.
+"""RESULTS.md and its pictures, from the results of benchmarks.run and others: nothing in them is written by hand.
 
     python -m benchmarks.results_page [--results FOLDER] [--out benchmarks/RESULTS.md]
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results_beside
 from benchmarks.run import KIND
 from scaling.errors import CommandLine, UserError, run_program, write_output
 from scaling.units import format_bytes, format_count, format_seconds
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drawn = draw(documents, options.out.parent / "plots") if importlib.util.find_spec("matplotlib") else []
     if not drawn:
         print("no pictures: matplotlib is not installed, or there is nothing to draw")
-    write_output(options.out, page(documents, [f"plots/{path.name}" for path in drawn]), "--out")
+    beside = list(results_beside.sections(options.results))
+    write_output(options.out, page(documents, [f"plots/{path.name}" for path in drawn], beside), "--out")
     print(options.out)
     return 0
 
@@ -53,12 +55,14 @@ def results(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 # ---------------------------------------------------------------- the page
 
 
-def page(documents: Sequence[tuple[str, dict[str, Any]]], pictures: Sequence[str] = ()) -> str:
-    """The whole page."""
+def page(
+    documents: Sequence[tuple[str, dict[str, Any]]], pictures: Sequence[str] = (), beside: Sequence[str] = ()
+) -> str:
+    """The whole page; `beside`: sections about other benchmarks."""
     lines = [
         "# Results",
         "",
-        "Made by `python -m benchmarks.results_page` from the files of `benchmarks.run`; not edited.",
+        "Made by `python -m benchmarks.results_page` from the results beside it; not edited.",
     ]
     lines += [
         "Medians over the runs of a row; memory is the peak of one rank. Predictions were made before the run.",
@@ -69,7 +73,7 @@ def page(documents: Sequence[tuple[str, dict[str, Any]]], pictures: Sequence[str
         parts = [part for name, one in documents for part in _part(name, one, kind, rehearsed=rehearsed)]
         lines += parts or [nothing, ""]
     lines += [f"![{Path(path).stem}]({path})" for path in pictures]
-    lines += ["## What did not run", "", *_missing(documents)]
+    lines += ["## What did not run", "", *_missing(documents), "", *beside]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -10,7 +10,7 @@ import pytest
 from processes import ROOT
 
 from benchmarks import cell as one
-from benchmarks import gpu_memory, gpu_suite, results_page, scale
+from benchmarks import gpu_memory, gpu_suite, results_beside, results_page, scale
 from benchmarks.compare import compare
 from benchmarks.compare import main as compare_main
 from benchmarks.largest import largest, search
@@ -251,6 +251,29 @@ def test_the_page_keeps_cpu_and_gpu_apart(tmp_path, capsys):
     assert results_page.main(["--results", str(tmp_path), "--out", str(out)]) == 0
     assert "2 CPU ranks (EPYC, 2 cores), no GPU" in out.read_text()
     assert run_command(lambda: results_page.main(["--results", str(ROOT / "docs"), "--out", str(out)])) == 2
+
+
+def test_the_page_says_which_aims_beside_others_are_reached(tmp_path):
+    def row(peer, ratio, mib):
+        found = {"peer": peer, "why_not": None, "tokens_per_second": 100 * ratio, "turns": [1, 2], "losses_apart": 1e-6}
+        ratios = dict.fromkeys(("median", "low", "high"), ratio)
+        found |= {"of_ours": ratios, "cpu_of_ours": ratios, "start_seconds": 2.0, "lines": 9}
+        return found | {"peak_bytes": {"resident": mib * 2**20}}
+
+    rows = [row("ours", 1.0, 500), row("plain", 1.02, 400), row("trainer", 0.9, 700), row("fabric", 0.94, 450)]
+    rows.append({"peer": "torchtitan", "why_not": "it trains on GPUs alone"})
+    job = {"shape": "m", "ranks": 2, "device": "cpu", "tokens_per_step": 512, "same_losses": True, "rows": rows}
+    where = {"versions": {"torch": "2"}, "commit": None, "device": "cpu", "cores": 2}
+    (tmp_path / "peers.json").write_text(json.dumps({"environment": where, "jobs": [job]}))
+    (tmp_path / "other.json").write_text(json.dumps({"environment": where}))
+    found = list(results_beside.sections(tmp_path))
+    assert "peers.json: cpu, 2 cores, no GPU; commit unknown; torch 2." in found
+    assert "| torchtitan | did not run: it trains on GPUs alone | | | | | |" in found
+    verdicts = [line.rpartition(": ")[2] for line in found if line.startswith("- ")]
+    assert verdicts == ["**missed**.", "reached.", "**missed**."]
+    job["same_losses"] = False
+    (tmp_path / "peers.json").write_text(json.dumps({"environment": where, "jobs": [job]}))
+    assert any("not the same work" in line for line in results_beside.sections(tmp_path))
 
 
 def test_a_rehearsal_has_no_speed_on_the_page():
