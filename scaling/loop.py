@@ -157,7 +157,7 @@ def train_step(
     `norms`: what is to be told of the gradient's parts, if anything. `known_terms`: of all ranks' samples.
     """
     device = process.device
-    counted = _begin_count(sum(batch.terms for batch in micro_batches), known_terms, process)
+    counted = _begin_count(micro_batches, known_terms, process)
     terms = scale = torch.full((), 1.0, device=device)
     total = torch.full((), 0.0, device=device)
     told = None
@@ -168,7 +168,7 @@ def train_step(
                 loss = objective(engine.module, _to(batch, device))
             total += loss.detach()
             if last:
-                told = _begin_over_ranks(engine, total, requests, process)
+                told = engine.begin_sum(_own_row(total, requests, process))
             if index == 0:
                 # Gradients are averaged over ranks, so each rank's share of the sum is scaled up by their number.
                 terms = counted().clamp_(min=1.0)
@@ -178,15 +178,16 @@ def train_step(
     with clock.phase("optimizer"):
         parts = None if norms is None else norms.over_ranks(engine.gradient_norms(), process)
         norm = engine.step()
-    loss, wishes, bad_ranks = told()
-    return StepResult(loss / terms, norm, bad_ranks, wishes, parts)
+    found = told()
+    losses = found[2:]
+    return StepResult(losses.sum() / terms, norm, losses, found[:2], parts)
 
 
-def _begin_count(own: int, known: int | None, process: Process) -> Callable[[], Tensor]:
-    """What is returned has the terms of all ranks, of which these are this one's."""
+def _begin_count(micro_batches: list[Samples], known: int | None, process: Process) -> Callable[[], Tensor]:
+    """What is returned has the number of terms of all ranks."""
     if known is None:
-        return process.begin_sum(torch.tensor(float(own), device=process.device))  # while the first forward pass runs
-    assert own * process.world_size == known, "samples whose terms are known have others"
+        own = torch.tensor(float(sum(batch.terms for batch in micro_batches)), device=process.device)
+        return process.begin_sum(own)  # while the first forward pass runs
     count = torch.full((), float(known), device=process.device)
     return lambda: count
 
@@ -234,24 +235,14 @@ def measure_validation(
     return ValidationRecord(step, loss, bits_per_byte, int(terms), seconds, time.time(), unit, means)
 
 
-def _begin_over_ranks(
-    engine: Engine, total: Tensor, requests: tuple[bool, bool], process: Process
-) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-    """What is returned waits for the summed loss of all ranks, how many have each request, and whose own loss was not
-    finite.
-    """
-    values = torch.full((3 + process.world_size,), 0.0)
-    values[1], values[2] = map(float, requests)
-    values = values.to(total.device, non_blocking=True)
-    values[0] = total
-    values[3 + process.rank] = (~total.isfinite()).float()
-    end = engine.begin_sum(values)
-
-    def told() -> tuple[Tensor, Tensor, Tensor]:
-        found = end()
-        return found[0], found[1:3], found[3:]
-
-    return told
+def _own_row(total: Tensor, requests: tuple[bool, bool], process: Process) -> Tensor:
+    """What this rank adds to the row of all: its requests, and its summed loss at a place of its own."""
+    row = torch.zeros(2 + process.world_size)
+    if any(requests):
+        row[:2] = torch.tensor(requests)
+    row = row.to(total.device, non_blocking=True)
+    row[2 + process.rank] = total
+    return row
 
 
 def _set_learning_rates(groups: list[dict[str, Any]], factor: float) -> dict[str, float]:
@@ -261,4 +252,6 @@ def _set_learning_rates(groups: list[dict[str, Any]], factor: float) -> dict[str
 
 
 def _to(batch: Samples, device: torch.device) -> Samples:
+    if device.type == "cpu":
+        return batch
     return batch.each(lambda tensor: tensor.to(device, non_blocking=True))

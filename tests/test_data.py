@@ -580,6 +580,20 @@ def test_synthetic_sequences_follow_few_rules(vocab_size: int) -> None:
     assert float(best.mean()) > 0.8 and float(best.min()) > 0.5  # (15/16)^2 = 0.88 are free of noise
 
 
+def test_terms_that_are_known_before_are_those_of_each_sample(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(101, dtype=np.uint16) % 7)
+    tokens = {"kind": "tokens", "train": [str(tmp_path / "a.npy")], "validation": 0, "sequence_length": 8}
+    for data, known in (
+        ({"kind": "synthetic", "sequence_length": 8}, 8),
+        ({"kind": "synthetic", "sequence_length": 8, "masked_fraction": 0.5}, None),
+        (tokens, 8),
+        (tokens | {"ignore_token_id": 3}, None),
+    ):
+        dataset, _ = build_datasets(make_spec(data))
+        found = {dataset.read(np.array([index])).terms for index in range(12)}
+        assert dataset.terms_per_sample == known and (found == {8} if known else len(found) > 1)
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 0.8, 0.99])
 def test_masked_shares_vary_around_their_mean(fraction: float) -> None:
     plain = SyntheticDataset(7, 0, 2000, 64, 256).read(np.arange(2000))

@@ -170,6 +170,11 @@ def test_each_item_counts_once_in_validation_whatever_the_ranks():
         assert sorted(seen) == [0, 1, 2, 3, 4]
 
 
+def test_each_item_is_one_term():
+    dataset = GivenDataset(Points(5), "data")
+    assert dataset.terms_per_sample == 1 and dataset.read(np.arange(3)).terms == 3
+
+
 def test_what_an_item_holds_is_in_the_fingerprint():
     class Others(Points):
         def __getitem__(self, index: int) -> dict:

@@ -36,8 +36,8 @@ def recorder(*sinks, interval=2, last_step=5, peak_flops=None, gemm_flops=None, 
     return Recorder(sinks, PLAN, process, sticks, interval=interval, first_step=0, last_step=last_step, waits=waits)
 
 
-def take(taker, step, loss=2.0, norm=1.0, bad=(0.0, 0.0), loss_scale=1.0):
-    result = StepResult(torch.tensor(loss), torch.tensor(norm), torch.tensor(bad), torch.zeros(2))
+def take(taker, step, loss=2.0, norm=1.0, losses=(1.0, 1.0), loss_scale=1.0):
+    result = StepResult(torch.tensor(loss), torch.tensor(norm), torch.tensor(losses), torch.zeros(2))
     progress = Progress(step, step * 8, step * 8 * 16)
     (landed,) = taker.step(progress, (step - 1) * 8, result, lr={"all": 0.1}, loss_scale=loss_scale)
     return landed
@@ -106,8 +106,16 @@ def test_the_first_two_steps_of_a_start_are_left_out_of_times(monkeypatch):
 @pytest.mark.parametrize(
     ("values", "told", "rank"),
     [
-        ({"loss": float("nan"), "norm": float("nan"), "bad": (0.0, 1.0)}, "the loss of rank 1 is not finite", 1),
-        ({"loss": float("inf"), "norm": float("nan"), "bad": (1.0, 1.0)}, "the loss of ranks 0, 1 is not finite", 0),
+        (
+            {"loss": float("nan"), "norm": float("nan"), "losses": (1.0, float("nan"))},
+            "the loss of rank 1 is not finite",
+            1,
+        ),
+        (
+            {"loss": float("inf"), "norm": float("nan"), "losses": (float("inf"), float("nan"))},
+            "the loss of ranks 0, 1 is not finite",
+            0,
+        ),
         ({"norm": float("nan")}, "the gradient is not finite (norm nan) though the loss of every rank is", None),
     ],
 )
@@ -121,7 +129,7 @@ def test_a_step_that_is_not_finite_is_recorded_and_told_with_step_rank_and_sampl
     assert (caught.value.code, caught.value.step, caught.value.rank) == (4, 2, rank)
     (record,) = kept.steps
     assert record.skipped and (record.step, record.first_sample) == (2, 8)
-    assert record.bad_ranks == [r for r, bad in enumerate(values.get("bad", ())) if bad]
+    assert record.bad_ranks == [r for r, own in enumerate(values.get("losses", ())) if not math.isfinite(own)]
 
 
 def test_an_overflow_under_a_loss_scale_is_no_matter_for_the_policy():
@@ -132,7 +140,9 @@ def test_an_overflow_under_a_loss_scale_is_no_matter_for_the_policy():
     with pytest.raises(NonFinite):  # a scale of 1 cannot be lowered
         policy.take(take(taker, 2, norm=float("inf"), loss_scale=1.0), is_main=True)
     with pytest.raises(NonFinite):  # no scale mends a loss
-        policy.take(take(taker, 3, loss=float("nan"), norm=float("nan"), bad=(1.0, 0.0), loss_scale=2.0), is_main=True)
+        policy.take(
+            take(taker, 3, loss=float("nan"), norm=float("nan"), losses=(math.inf, 1.0), loss_scale=2.0), is_main=True
+        )
 
 
 def test_skip_gives_up_after_the_limit_in_a_row():

@@ -46,7 +46,6 @@ class GivenDataset:
     """A map-style data set, as `Dataset` wants it."""
 
     bytes_per_token = None
-    terms_per_sample = None
 
     def __init__(self, dataset: Any, name: str) -> None:
         """`name` is what errors call it."""
@@ -60,6 +59,10 @@ class GivenDataset:
         self._dataset = dataset
         first = dataset[0]
         self.is_text = isinstance(first, dict) and set(first) == _TEXT
+
+    @property
+    def terms_per_sample(self) -> int | None:
+        return None if self.is_text else 1
 
     @property
     def fingerprint(self) -> str:

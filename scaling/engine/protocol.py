@@ -70,7 +70,7 @@ class Engine(Protocol):
         """The sum of `values` over all ranks; what is returned waits for it and returns it. Collective calls.
 
         To be called just before the last `backward` of a step, and to be waited for after it: the values may travel
-        with its gradients. A row of fp32 numbers on the device, three more than there are ranks.
+        with its gradients. A row of fp32 numbers on the device, two more than there are ranks.
         """
         ...
 

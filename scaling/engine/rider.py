@@ -19,7 +19,7 @@ class Rider:
 
     def __init__(self, model: nn.Module, process: Process) -> None:
         self._ranks = process.world_size
-        self._seat = nn.Parameter(torch.zeros(3 + self._ranks, device=process.device))
+        self._seat = nn.Parameter(torch.zeros(2 + self._ranks, device=process.device))
         self._values = torch.zeros_like(self._seat)
         model.register_parameter(_NAME, self._seat)
 

@@ -54,8 +54,8 @@ class StepResult:
     """Mean over the target tokens of all ranks; scalar."""
     grad_norm: Tensor
     """Global 2-norm before clipping; scalar."""
-    bad_ranks: Tensor
-    """1 where that rank's own loss was not finite; [world_size]."""
+    losses: Tensor
+    """The summed loss of each rank; [world_size]."""
     requests: Tensor
     """How many ranks were asked to stop, and how many cannot save; [2]."""
     gradient_norms: Tensor | None = None
@@ -206,7 +206,7 @@ class Recorder:
         reading = self._read() if self._is_due(progress.step) else None
         both = torch.stack((result.loss, result.grad_norm))
         parts = both[:0] if result.gradient_norms is None else result.gradient_norms
-        values, arrived = self._send(torch.cat((both, result.requests, result.bad_ranks, parts)))
+        values, arrived = self._send(torch.cat((both, result.requests, result.losses, parts)))
         self._flights.append(_Flight(progress, first_sample, lr, loss_scale, lap, values, arrived, reading, observed))
         wait = progress.step == self._last_step or arrived is None
         return [self._land(self._flights.popleft()) for _ in range(len(self._flights) - (0 if wait else 1))]
@@ -284,14 +284,14 @@ class Recorder:
         if flight.arrived is not None:
             flight.arrived.synchronize()  # of an earlier step: the device has the next one to work on
         loss, norm, stop, save_failed, *rest = flight.values.tolist()
-        bad, parts = rest[: self._plan.world_size], rest[self._plan.world_size :]
+        losses, parts = rest[: self._plan.world_size], rest[self._plan.world_size :]
         step = flight.progress.step
         landed = Landed(
             step,
             flight.first_sample,
             loss,
             norm,
-            [rank for rank, flag in enumerate(bad) if flag],
+            [rank for rank, own in enumerate(losses) if not math.isfinite(own)],
             not math.isfinite(norm),
             flight.loss_scale,
             stop > 0,
