@@ -15,6 +15,13 @@ COUNT_RANKS := import torch; from scaling.batch import legal_world_sizes; from s
 # The launcher's own port is always the same, and taken where another run is on this machine.
 FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 
+# pip compiles with one core what all of them can; some packages have files that are no Python, which no matter.
+comma := ,
+define install
+$(BIN)/python -m pip install --no-compile -e '$(1)'
+-$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
+endef
+
 .PHONY: help demo test test-long lint slim clean
 .NOTPARALLEL:
 
@@ -32,7 +39,9 @@ demo: $(VENV)/.installed-train
 	ranks="$(RANKS)"; [ -n "$$ranks" ] || ranks=$$(python -c '$(COUNT_RANKS)') || exit; \
 	exec deepspeed --num_gpus "$$ranks" --master_port $$(python -c '$(FREE_PORT)') launch/train.py --spec "$(SPEC)" --run-dir "$(RUN_DIR)"
 
-test: lint slim
+# The check without torch and pyright use one core each.
+test: $(VENV)/.installed-dev
+	$(BIN)/python tests/slim.py & slim=$$!; $(MAKE) lint; lint=$$?; wait $$slim && exit $$lint
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-long: $(VENV)/.installed-dev
@@ -52,11 +61,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed-train: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -e '.[train]'
+	$(call install,.[train])
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -e '.[train,dev]'
+	$(call install,.[train$(comma)dev])
 	touch $(VENV)/.installed-train $@
 
 clean:

@@ -237,7 +237,7 @@ def measure_validation(
 
 def _own_row(total: Tensor, requests: tuple[bool, bool], process: Process) -> Tensor:
     """What this rank adds to the row of all: its requests, and its summed loss at a place of its own."""
-    row = torch.zeros(2 + process.world_size)
+    row = torch.full((2 + process.world_size,), 0.0)
     if any(requests):
         row[:2] = torch.tensor(requests)
     row = row.to(total.device, non_blocking=True)
