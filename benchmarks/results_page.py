@@ -72,7 +72,7 @@ def page(
         lines += [f"## {heading}", ""]
         parts = [part for name, one in documents for part in _part(name, one, kind, rehearsed=rehearsed)]
         lines += parts or [nothing, ""]
-    lines += [f"![{Path(path).stem}]({path})" for path in pictures]
+    lines += [line for path in pictures for line in (f"![{Path(path).stem}]({path})", "")]
     lines += ["## What did not run", "", *_missing(documents), "", *beside]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -97,6 +97,8 @@ def _part(name: str, document: dict[str, Any], kind: str | None, *, rehearsed: b
     yield f"{(environment['commit'] or 'unknown')[:12]}{changed}; torch {versions['torch']}, DeepSpeed"
     yield f"{versions['deepspeed']}; up to {asked['repeats']} runs of {asked['steps']} steps a row, of which the first"
     yield f"{asked['warm_up']} do not count."
+    if kind == "cpu":
+        yield "A rank alone has all cores, of several each has its share: efficiency says how well they share."
     yield ""
     for one in document["noise"]:
         yield f"- **Beware**: {one}."
@@ -184,7 +186,8 @@ def _memory(row: dict[str, Any]) -> list[str]:
     predicted = format_bytes(memory["predicted_bytes"])
     if measured is None:
         return ["n/a", predicted]
-    return [format_bytes(measured), f"{predicted} ({memory['predicted_bytes'] / measured - 1:+.1%})".replace("%", " %")]
+    off = round(memory["predicted_bytes"] / measured - 1, 3) + 0.0  # and no -0.0
+    return [format_bytes(measured), f"{predicted} ({off:+.1%})".replace("%", " %")]
 
 
 def _share(value: float | None) -> str:
@@ -233,9 +236,13 @@ def _draw_curves(path: Path, curves: dict[str, list[tuple[int, float]]], title: 
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set_xscale("log", base=2)
+    counts = sorted({count for points in curves.values() for count, _ in points})
+    axes.set_xticks(counts, [str(count) for count in counts])
+    if y == "tokens/s":
+        axes.set_yscale("log")  # models of all sizes are on one picture
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.legend(frameon=False, fontsize="x-small")
+    axes.legend(frameon=False, fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _saved(figure, path)
 
 
