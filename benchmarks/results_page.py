@@ -8,7 +8,6 @@ what it ran on.
 """
 
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,8 @@ PARTS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    documents = list(results(options.results))
+    read = list(results_beside.documents(options.results))
+    documents = [(name, document) for name, document in read if document.get("kind") == KIND]
     if not documents:
         raise UserError(
             f"`--results` must hold results of benchmarks.run, but {options.results} has none; run it first"
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drawn = draw(documents, options.out.parent / "plots") if importlib.util.find_spec("matplotlib") else []
     if not drawn:
         print("no pictures: matplotlib is not installed, or there is nothing to draw")
-    beside = list(results_beside.sections(options.results))
+    beside = list(results_beside.sections(read))
     write_output(options.out, page(documents, [f"plots/{path.name}" for path in drawn], beside), "--out")
     print(options.out)
     return 0
@@ -46,10 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def results(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and content of each result of benchmarks.run in `folder`."""
-    for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(document, dict) and document.get("kind") == KIND:
-            yield path.name, document
+    return ((name, document) for name, document in results_beside.documents(folder) if document.get("kind") == KIND)
 
 
 # ---------------------------------------------------------------- the page

@@ -266,14 +266,16 @@ def test_the_page_says_which_aims_beside_others_are_reached(tmp_path):
     where = {"versions": {"torch": "2"}, "commit": None, "device": "cpu", "cores": 2}
     (tmp_path / "peers.json").write_text(json.dumps({"environment": where, "jobs": [job]}))
     (tmp_path / "other.json").write_text(json.dumps({"environment": where}))
-    found = list(results_beside.sections(tmp_path))
+    found = list(results_beside.sections(list(results_beside.documents(tmp_path))))
     assert "peers.json: cpu, 2 cores, no GPU; commit unknown; torch 2." in found
     assert "| torchtitan | did not run: it trains on GPUs alone | | | | | |" in found
     verdicts = [line.rpartition(": ")[2] for line in found if line.startswith("- ")]
     assert verdicts == ["**missed**.", "reached.", "**missed**."]
     job["same_losses"] = False
     (tmp_path / "peers.json").write_text(json.dumps({"environment": where, "jobs": [job]}))
-    assert any("not the same work" in line for line in results_beside.sections(tmp_path))
+    assert any(
+        "not the same work" in line for line in results_beside.sections(list(results_beside.documents(tmp_path)))
+    )
 
 
 def test_a_rehearsal_has_no_speed_on_the_page():
