@@ -124,7 +124,7 @@ def test_a_page_loads_nothing_and_complains_of_nothing(browser, pages, page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [360, 390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_wider_than_the_window(browser, pages, page, width, scheme):
     show(browser, pages[page], width, scheme)
