@@ -133,10 +133,12 @@ def test_order_of_small_sets_has_no_favourite() -> None:
     assert len(counts) == 6 and abs(np.array(list(counts.values())) - 1000).max() < 150
 
 
-def test_any_part_of_the_order_is_the_same() -> None:
-    whole = sample_indices(0, 100, 13, seed=3)
-    for first, count in [(0, 1), (12, 2), (13, 13), (25, 60), (99, 1), (50, 0)]:
-        assert sample_indices(first, count, 13, seed=3).tolist() == whole[first : first + count].tolist()
+@pytest.mark.parametrize("size", [1, 13, 64, 65, 2**61 + 5])
+def test_any_part_of_the_order_is_the_same(size: int) -> None:
+    """Few samples are looked up one by one, many together."""
+    whole = sample_indices(0, 100, size, seed=3)
+    for first, count in [(0, 1), (12, 2), (13, 13), (25, 60), (62, 8), (99, 1), (50, 0)]:
+        assert sample_indices(first, count, size, seed=3).tolist() == whole[first : first + count].tolist()
 
 
 # ---------------------------------------------------------------- loader

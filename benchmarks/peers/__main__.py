@@ -77,8 +77,10 @@ def main() -> int:
     shapes = options.shapes or ("gpt2-tiny" if options.tiny else "gpt2-124m" if on_gpu else "gpt2-small,llama-small")
     ranks = options.ranks or ("1" if options.tiny else _counts(on_gpu))
     names = options.peers or ("installed" if options.tiny else "usual")
-    if options.tiny:
-        options.rounds, options.seconds, options.starts = 2, 0.3, 1
+    usual = (8, 3.0, 2) if on_gpu else (24, 1.0, 6)  # on a GPU a start compiles, and one start is as fast as another
+    rounds, seconds, starts = (2, 0.3, 1) if options.tiny else usual
+    options.rounds, options.seconds = options.rounds or rounds, options.seconds or seconds
+    options.starts = options.starts or starts
     signal.signal(signal.SIGTERM, _asked_to_end)
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
     where = environment(max(map(int, ranks.split(","))), device) | {"cpu": _cpu_name(), "beside": options.note}
@@ -248,9 +250,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", help=f"of {','.join(SHAPES)}")
     parser.add_argument("--ranks", help="1,2: each in turn (default: 1,2 on a CPU; of 1,4,8 what there are GPUs for)")
     parser.add_argument("--peers", help=f"one of {', '.join(GROUPS)}, or some of {','.join(PEERS)}")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each peer")
-    parser.add_argument("--starts", type=int, default=2, help="starts of each peer, for the time to the first step")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
+    parser.add_argument("--rounds", type=int, help="turns of each peer, over all starts (GPU: 8, CPU: 24)")
+    parser.add_argument("--starts", type=int, help="starts of each peer, fairest as many as there are (GPU: 2, CPU: 6)")
+    parser.add_argument("--seconds", type=float, help="of a turn (GPU: 3, CPU: 1)")
     parser.add_argument("--tiny", action="store_true", help="a model that takes no time: does the command still work?")
     parser.add_argument("--note", help="what else runs on this machine; kept in the result")
     parser.add_argument("--out", metavar="FILE", help="the result, as JSON")

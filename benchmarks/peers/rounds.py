@@ -165,41 +165,52 @@ def compare(
     starts: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """A row for each peer: losses, start-up, and each turn; the first peer is what others are held to."""
+    """A row for each peer: losses, start-up, and each turn; the first peer is what others are held to.
+
+    All start anew `starts` times, and each time take their share of the turns. Another one starts first each time: of
+    equal processes it was the first that stayed the slowest for as long as it lived, by some percent.
+    """
     rows = [Row(peer) for peer in peers]
+    for number in range(starts):
+        share = rounds * (number + 1) // starts - rounds * number // starts
+        first = number * len(rows) // starts
+        able = [row for row in rows[first:] + rows[:first] if row.why is None]
+        _sit(able, job, ranks, number, share, seconds, say)
+    return [row.told(rows[0], tokens) for row in rows]
+
+
+def _sit(
+    rows: Sequence["Row"], job: Path, ranks: int, number: int, rounds: int, seconds: float, say: Callable[[str], None]
+) -> None:
+    """Start all peers in this order, have them train by turns, and end them."""
     alive: list[tuple[Row, Running]] = []
     everyone: list[Running] = []
     try:
-        for number in range(starts):
-            for row in (row for row in rows if row.why is None):
-                running = Running(row.peer, job, job / f"{row.peer.name}-{number}", ranks)
-                everyone.append(running)
-                last = number == starts - 1
-                try:
-                    running.wait(LOSSES if last else 1)
-                    row.starts.append(running.start_seconds)
-                except DidNotRun as error:
-                    row.why, last = str(error), False
-                if last:
-                    running.stop()
-                    alive.append((row, running))
-                else:
-                    running.end()
-                say(f"{row.peer.name}: {row.why or f'first step after {row.starts[-1]:.1f} s'}")
-        for number in range(rounds):
-            for row, running in alive if number % 2 == 0 else reversed(alive):
+        for row in rows:
+            running = Running(row.peer, job, job / f"{row.peer.name}-{number}", ranks)
+            everyone.append(running)
+            try:
+                running.wait(LOSSES)
+                row.starts.append(running.start_seconds)
+                running.stop()
+                alive.append((row, running))
+            except DidNotRun as error:
+                row.why = str(error)
+            say(f"{row.peer.name}: {row.why or f'first step after {row.starts[-1]:.1f} s'}")
+        for turn in range(rounds):
+            for row, running in alive if turn % 2 == 0 else reversed(alive):
                 if row.why is None:
                     try:
                         row.turns.append(running.turn(seconds, steps=2))
                     except DidNotRun as error:
                         row.why = str(error)
-            say(f"round {number + 1} of {rounds}")
+            say(f"round {turn + 1} of {rounds}, start {number + 1}")
         for row, running in ((row, running) for row, running in alive if row.why is None):
-            row.peaks, row.losses = running.peak_bytes(), running.losses()
+            row.peaks.append(running.peak_bytes())
+            row.losses = running.losses()
     finally:
         for running in everyone:
             running.end()
-    return [row.told(rows[0], tokens) for row in rows]
 
 
 @dataclass
@@ -212,7 +223,8 @@ class Row:
     losses: list[float] = field(default_factory=list)
     starts: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
-    peaks: dict[str, int] = field(default_factory=dict)
+    peaks: list[dict[str, int]] = field(default_factory=list)
+    """Of each start."""
 
     def told(self, reference: "Row", tokens: int) -> dict[str, Any]:
         """As JSON; `reference` is the peer that losses and speed are held against."""
@@ -230,7 +242,7 @@ class Row:
             "cpu_seconds_per_step": statistics.median(turn.cpu_seconds_per_step for turn in self.turns),
             "cpu_seconds_per_step_of_turns": [turn.cpu_seconds_per_step for turn in self.turns],
             "others_cores": [turn.others_cores for turn in self.turns],
-            "peak_bytes": self.peaks,
+            "peak_bytes": {kind: max(peak[kind] for peak in self.peaks) for kind in self.peaks[0]},
             "start_seconds": statistics.median(self.starts),
             "starts": self.starts,
         }

@@ -18,19 +18,29 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+def mix_one(value: int) -> int:
+    """`mix` of one value in Python's own numbers, modulo 2^64: numpy takes thirty times as long for a single one."""
+    value &= _MASK
+    value = (value ^ (value >> 30)) * _FIRST & _MASK
+    value = (value ^ (value >> 27)) * _SECOND & _MASK
+    return value ^ (value >> 31)
+
+
 def derive(*words: int) -> int:
     """One 64-bit key from whole numbers; another order or number of words gives another key."""
     key = 0
-    for word in words:  # `mix` in Python's own numbers: for a single one numpy takes thirty times as long
-        value = (key + word + GOLDEN) & _MASK
-        value = (value ^ (value >> 30)) * _FIRST & _MASK
-        value = (value ^ (value >> 27)) * _SECOND & _MASK
-        key = value ^ (value >> 31)
+    for word in words:
+        key = derive_one(key, word)
     return key
 
 
+def derive_one(key: int, word: int) -> int:
+    """`derive`'s last step."""
+    return mix_one(word + key + GOLDEN)
+
+
 def derive_each(key: int, words: np.ndarray) -> np.ndarray:
-    """`derive`'s last step for an array of words (uint64, any shape): one key for each."""
+    """`derive_one` for an array of words (uint64, any shape): one key for each."""
     return mix(words + np.uint64((key + GOLDEN) & _MASK))
 
 
