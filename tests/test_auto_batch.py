@@ -138,6 +138,7 @@ def test_a_rank_that_runs_out_makes_all_take_the_next_smaller(path, tmp_path, ba
     assert curve(found)[2] == pytest.approx(curve(written)[2], rel=1e-5)
 
 
+@pytest.mark.long  # in CI: test_postmortem.py
 def test_where_nothing_fits_the_run_ends_with_the_post_mortem(path, tmp_path):
     folder = tmp_path / "run"
     done = train(path, folder, 1, "backend.kind=single", "batch.global_batch_size=2", fault=f"0:trial:{MiB // 64}")

@@ -9,13 +9,15 @@ import pytest
 from processes import ENVIRONMENT, ROOT
 from test_resume import SPEC
 
+from scaling.data.order import sample_indices
+
 SAMPLES, LENGTH = 5000, 16
 
 
 @pytest.fixture
 def run(tmp_path):
     """Starts two ranks on the tokens in tmp_path/tokens.npy; returns the process and the run folder."""
-    data = {"kind": "tokens", "train": [f"{tmp_path}/tokens.npy"], "sequence_length": LENGTH}
+    data = {"kind": "tokens", "train": [f"{tmp_path}/tokens.npy"], "validation": 0, "sequence_length": LENGTH}
     spec = SPEC | {"data": data, "backend": {"kind": "fsdp"}, "max_steps": 10**6, "validation": None}
     del spec["param_groups"]
     (tmp_path / "spec.json").write_text(json.dumps(spec))
@@ -39,12 +41,14 @@ def run(tmp_path):
 @pytest.mark.fault("F5")
 def test_a_token_that_cannot_be_is_named_with_its_file_and_place(run, tmp_path):
     tokens = np.random.default_rng(7).integers(0, 64, SAMPLES * LENGTH + 1)
-    tokens[50_000] = 64
+    sample = int(sample_indices(30, 1, SAMPLES, SPEC["seed"])[0])  # is soon read
+    place = sample * LENGTH + 5
+    tokens[place] = 64
     np.save(tmp_path / "tokens.npy", tokens)
     process, folder = run()
     errors = process.communicate(timeout=120)[1]
     ended = json.loads((folder / "exit.json").read_text())
-    assert ended["code"] == 2 and f"token 50000 of {tmp_path}/tokens.npy is 64" in ended["reason"], (ended, errors)
+    assert ended["code"] == 2 and f"token {place} of {tmp_path}/tokens.npy is 64" in ended["reason"], (ended, errors)
     assert errors.count(ended["reason"]) == 1 and "scaling/train.py" not in errors, "no traceback but the launcher's"
 
 

@@ -7,7 +7,8 @@ import pytest
 from benchmarks.faults import chaos
 
 
-@pytest.mark.parametrize("backend", ["zero2", pytest.param("fsdp", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["fsdp", "zero2"])
 def test_kills_leave_no_trace(tmp_path, backend):
     out = tmp_path / "result.json"
     arguments = ["--backend", backend, "--kills", "2", "--steps", "20", "--limit-s", "120", "--out", str(out)]

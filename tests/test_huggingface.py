@@ -175,6 +175,7 @@ def test_layers_that_are_none_are_refused(tmp_path: Path, lora: Any, message: st
 # ---------------------------------------------------------------- preferences
 
 
+@pytest.mark.long
 def test_preferences_are_learnt_as_by_our_own_decoder(tmp_path: Path) -> None:
     """The same weights in both, on two ranks."""
     path = made(tmp_path, "llama", **pairs(tmp_path))

@@ -16,9 +16,9 @@ def words(kind, objective, file):
 SFT, DPO = words("chat", "sft", "chat.jsonl"), (*words("preference", "dpo", "pairs.jsonl"), "optimizer.lr=0.0003")
 """Made here: see `write_words`."""
 GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
-    "GPT, accumulation 4": ("gpt-parity", "2", "single,fsdp,hsdp,zero2,zero3", ()),
+    "GPT, accumulation 4": ("gpt-parity", "2", "single,fsdp,zero2,zero3", ()),
     "GPT, 4 ranks, the others": ("gpt-parity", "4", "single,fsdp,hsdp,zero2,zero3", ()),
-    "GPT, accumulation 4, the others": ("gpt-parity", "4", "single,ddp,zero1,zero2-offload", ()),
+    "GPT, accumulation 4, the others": ("gpt-parity", "4", "single,ddp,hsdp,zero1,zero2-offload", ()),
     "Llama, accumulation 1": ("llama-parity", "2", "single,ddp,fsdp,zero1,zero2,zero3", ()),
     "sequences that grow": (
         "gpt-parity", "2", "single,fsdp,zero2", ('data.sequence_curriculum={"min_length": 8, "steps": 8}',)
@@ -28,8 +28,8 @@ GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
         "gpt-parity", "3", "single,ddp,fsdp,zero1,zero3",
         ("model.vocab_size=509", 'batch={"global_batch_size": 12, "gradient_accumulation_steps": 2}'),
     ),
-    "vision, language and actions": ("vla-parity", "2", "single,ddp,fsdp,zero1,zero3", ()),
-    "vision, language and actions, the others": ("vla-parity", "2", "single,hsdp,zero2,zero3-offload", ()),
+    "vision, language and actions": ("vla-parity", "2", "single,fsdp,zero3", ()),
+    "vision, language and actions, the others": ("vla-parity", "2", "single,ddp,hsdp,zero1,zero2,zero3-offload", ()),
     "flow matching in bf16, checkpointed": (
         "vla-parity", "2", "single,fsdp,zero1,zero3",
         ("precision=bf16", "objective.loss=flow_matching", "model.action.head=velocity",
@@ -39,10 +39,10 @@ GATES = {  # more sizes of each, and twice the steps: benchmarks/parity.py
         "gpt-parity", "2", "single,fsdp,fsdp-offload,zero3,zero3-hpz,zero3-offload",
         ('activation_checkpointing="selective"',)
     ),
-    "instructions": ("llama-parity", "2", "single,fsdp,zero2,zero3", SFT),
-    "instructions, the others": ("gpt-parity", "1,2", "single,ddp,fsdp,zero1", SFT),
-    "preferences": ("gpt-parity", "2", "single,fsdp,zero2,zero3", DPO),
-    "preferences, the others": ("llama-parity", "1,2", "single,ddp,fsdp,zero1", DPO),
+    "instructions": ("llama-parity", "2", "single,fsdp,zero3", SFT),
+    "instructions, the others": ("gpt-parity", "1,2", "single,ddp,fsdp,zero1,zero2", SFT),
+    "preferences": ("gpt-parity", "2", "single,fsdp,zero2", DPO),
+    "preferences, the others": ("llama-parity", "1,2", "single,ddp,fsdp,zero1,zero3", DPO),
     "compiled": ("llama-parity", "2", "single,fsdp,zero3", ("compile=true",)),
     "compiled, the others": ("llama-parity", "2", "single,ddp,zero1,zero2", ("compile=true",)),
     "full checkpointing, plain loss, clipping off": (

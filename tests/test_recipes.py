@@ -32,7 +32,7 @@ def words(folder, data, *, ppo):
     return [f"data.train={json.dumps([str(path)])}", *sampling]
 
 
-@pytest.mark.parametrize("backend", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("backend", ["fsdp", "zero2", pytest.param("zero3", marks=pytest.mark.long)])
 def test_tiny_recipes_train_one_after_the_other(tmp_path, backend):
     runs = {}
     for name in TINY:
@@ -42,6 +42,7 @@ def test_tiny_recipes_train_one_after_the_other(tmp_path, backend):
         spec, run = load_spec(name), tmp_path / name
         sets = [
             *(f"backend={json.dumps(kind or BACKENDS['zero2'])}", "max_steps=2", "schedule.warmup_steps=1"),
+            'batch={"global_batch_size":8,"micro_batch_size":2}',
             *('validation={"interval":2,"batches":1}', "profile.interval=1", f"data.cache={tmp_path / 'cache'}"),
             *words(tmp_path, spec.data, ppo=spec.objective.kind == "ppo"),
         ]

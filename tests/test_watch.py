@@ -207,7 +207,9 @@ def test_a_watchdog_that_is_killed_does_not_matter(folder):
 
 
 @pytest.mark.fault("F7")
-@pytest.mark.parametrize(("fault", "cause"), [("die", "SIGKILL"), ("crash", "Segmentation fault")])
+@pytest.mark.parametrize(
+    ("fault", "cause"), [("die", "SIGKILL"), pytest.param("crash", "Segmentation fault", marks=pytest.mark.long)]
+)
 def test_a_dead_rank_is_named_and_the_others_end(folder, fault, cause):
     # torchrun looks every tenth of a second otherwise, and may see the death, and end rank 0, before the watchdog does.
     # It looks for the first time so long after the start, of which the ranks have used some seconds by then.
