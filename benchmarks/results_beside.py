@@ -45,8 +45,8 @@ def sections(read: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[str]:
 def _peers(document: dict[str, Any]) -> Iterator[str]:
     rows = [row for job in document["jobs"] for row in job["rows"]]
     turns, starts = (max(len(row.get(name, ())) for row in rows) for name in ("turns", "starts"))
-    yield f"Same weights, samples, optimizer and batch; {starts} starts of each, the median of {turns} turns that lie side by"
-    yield "side, and between which two the middle half of them lies. Memory is of the rank with the most."
+    yield f"Same weights, samples, optimizer and batch; {starts} starts of each; the median of {turns} turns that lie"
+    yield "side by side, and between which two the middle half of them lies. Memory is of the rank with the most."
     for job in document["jobs"]:
         ranks = "1 rank" if job["ranks"] == 1 else f"{job['ranks']} ranks"
         yield ""
