@@ -10,7 +10,7 @@ from processes import started
 
 from benchmarks.peers.common import JOB, TOKENS, Job
 from benchmarks.peers.job import SHAPES, write_job
-from benchmarks.peers.rounds import ratios
+from benchmarks.peers.rounds import Peer, Row, Turn, in_turn, ratios
 from scaling.data.build import build_datasets
 from scaling.data.order import sample_indices
 from scaling.models.build import model_recipe
@@ -68,10 +68,25 @@ def test_the_middle_half_of_pairs():
     assert found["median"] == 1.0 and found["low"] < 1.0 < found["high"]
 
 
+def test_each_peer_starts_first_once():
+    """The first to start is slower than the others for as long as it lives."""
+    assert ["".join(in_turn("abc", number, 3)) for number in range(3)] == ["abc", "bca", "cab"]
+    assert [in_turn("abcdef", number, 2)[0] for number in range(2)] == ["a", "d"]
+
+
+def test_who_has_nothing_to_be_held_against_says_so():
+    turns = [Turn(1.0, 2, 0.1, 0.0)] * 2
+    ours, other = (Row(Peer(name, name, "", (), "python"), turns=turns) for name in ("ours", "x"))
+    ours.why = "has not done 10 steps"
+    assert ours.told(ours, 64) == {"peer": "ours", "why_not": "has not done 10 steps"}
+    assert other.told(ours, 64) == {"peer": "x", "why_not": "ours, which it would be held against, did not run"}
+
+
 @pytest.mark.long
 def test_the_command_measures_by_turns(tmp_path):
     out = tmp_path / "peers.json"
-    done = started("-m", "benchmarks.peers", "--tiny", "--peers", "ours,plain,torchtitan", "--out", str(out))
+    words = ("--tiny", "--starts", "2", "--peers", "ours,plain,torchtitan", "--out", str(out))
+    done = started("-m", "benchmarks.peers", *words)
     assert done.returncode == 0, done.stderr
     (job,) = json.loads(out.read_text())["jobs"]
     assert job["same_losses"] and job["device"] == "cpu"
@@ -79,5 +94,5 @@ def test_the_command_measures_by_turns(tmp_path):
     assert titan["why_not"] == "torchtitan trains on GPUs alone"
     for row in (ours, plain):
         assert row["tokens_per_second"] > 0 and row["start_seconds"] > 0 and row["peak_bytes"]["resident"] > 2**27
-        assert len(row["turns"]) == 2 and row["losses_apart"] <= 1e-4
+        assert len(row["turns"]) == len(row["starts"]) == 2 and row["losses_apart"] <= 1e-4
     assert ours["lines"] < plain["lines"]

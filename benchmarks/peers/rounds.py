@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.peers.common import LOSSES
 
+T = TypeVar("T")
 START_S = 300.0
 """A start that takes longer has failed."""
 _POLL_S = 0.02
@@ -173,10 +174,15 @@ def compare(
     rows = [Row(peer) for peer in peers]
     for number in range(starts):
         share = rounds * (number + 1) // starts - rounds * number // starts
-        first = number * len(rows) // starts
-        able = [row for row in rows[first:] + rows[:first] if row.why is None]
+        able = [row for row in in_turn(rows, number, starts) if row.why is None]
         _sit(able, job, ranks, number, share, seconds, say)
     return [row.told(rows[0], tokens) for row in rows]
+
+
+def in_turn(rows: Sequence[T], number: int, starts: int) -> list[T]:
+    """The order of start `number` of so many: another one is the first each time."""
+    first = number * len(rows) // starts
+    return [*rows[first:], *rows[:first]]
 
 
 def _sit(
@@ -232,7 +238,9 @@ class Row:
         if self.losses and reference.losses:
             apart = max(abs(one - other) for one, other in zip(self.losses, reference.losses, strict=True))
             row |= {"losses": self.losses, "losses_apart": apart}
-        if self.why is not None or not self.turns:
+        if self.why is None and reference.why is not None:
+            row["why_not"] = f"{reference.peer.name}, which it would be held against, did not run"
+        if row["why_not"] is not None or not self.turns:
             return row
         speeds = [turn.steps_per_second * tokens for turn in self.turns]
         row |= {
@@ -246,10 +254,9 @@ class Row:
             "start_seconds": statistics.median(self.starts),
             "starts": self.starts,
         }
-        if reference.turns:
-            row["of_ours"] = ratios([own / their for own, their in zip(*map(_speeds, (self, reference)), strict=True)])
-            costs = zip(self.turns, reference.turns, strict=True)
-            row["cpu_of_ours"] = ratios([one.cpu_seconds_per_step / two.cpu_seconds_per_step for one, two in costs])
+        row["of_ours"] = ratios([own / their for own, their in zip(*map(_speeds, (self, reference)), strict=True)])
+        costs = zip(self.turns, reference.turns, strict=True)
+        row["cpu_of_ours"] = ratios([one.cpu_seconds_per_step / two.cpu_seconds_per_step for one, two in costs])
         return row
 
 
