@@ -77,7 +77,7 @@ def main() -> int:
     shapes = options.shapes or ("gpt2-tiny" if options.tiny else "gpt2-124m" if on_gpu else "gpt2-small,llama-small")
     ranks = options.ranks or ("1" if options.tiny else _counts(on_gpu))
     names = options.peers or ("installed" if options.tiny else "usual")
-    usual = (8, 3.0, 2) if on_gpu else (24, 1.0, 6)  # on a GPU a start compiles, and one start is as fast as another
+    usual = (8, 3.0, 2) if on_gpu else (24, 1.0, 6)  # on a GPU a start compiles, which takes long
     rounds, seconds, starts = (2, 0.3, 1) if options.tiny else usual
     options.rounds, options.seconds = options.rounds or rounds, options.seconds or seconds
     options.starts = options.starts or starts
