@@ -158,20 +158,20 @@ def train_step(
     """
     device = process.device
     counted = _begin_count(micro_batches, known_terms, process)
-    terms = scale = torch.full((), 1.0, device=device)
-    total = torch.full((), 0.0, device=device)
-    told = None
+    terms = scale = 1.0
+    total = told = None
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with engine.micro_step(last=last):
             with clock.phase("forward"):
                 loss = objective(engine.module, _to(batch, device))
-            total += loss.detach()
+            own = loss.detach().float()
+            total = own if total is None else total + own
             if last:
                 told = engine.begin_sum(_own_row(total, requests, process))
             if index == 0:
                 # Gradients are averaged over ranks, so each rank's share of the sum is scaled up by their number.
-                terms = counted().clamp_(min=1.0)
+                terms = counted()
                 scale = process.world_size / terms
             _backward(engine, clock, loss, scale)
     assert told is not None
@@ -183,19 +183,22 @@ def train_step(
     return StepResult(losses.sum() / terms, norm, losses, found[:2], parts)
 
 
-def _begin_count(micro_batches: list[Samples], known: int | None, process: Process) -> Callable[[], Tensor]:
-    """What is returned has the number of terms of all ranks."""
-    if known is None:
-        own = torch.tensor(float(sum(batch.terms for batch in micro_batches)), device=process.device)
-        return process.begin_sum(own)  # while the first forward pass runs
-    count = torch.full((), float(known), device=process.device)
-    return lambda: count
+def _begin_count(
+    micro_batches: list[Samples], known: int | None, process: Process
+) -> Callable[[], Tensor] | Callable[[], float]:
+    """What is returned has the number of terms of all ranks, but at least 1."""
+    if known is not None:
+        return lambda: max(1.0, known)
+    own = torch.tensor(float(sum(batch.terms for batch in micro_batches)), device=process.device)
+    count = process.begin_sum(own)  # while the first forward pass runs
+    return lambda: count().clamp_(min=1.0)
 
 
-def _backward(engine: Engine, clock: Clock, loss: Tensor, scale: Tensor) -> None:
+def _backward(engine: Engine, clock: Clock, loss: Tensor, scale: Tensor | float) -> None:
     # The difference is 0, or NaN where the loss is not finite: then no gradient is either, on any rank, and the engine
     # refuses the update.
-    scaled = loss * (scale + (loss - loss).detach())
+    own = loss.detach().float()
+    scaled = loss * ((own - own) + scale)
     with clock.backward(scaled):
         engine.backward(scaled)
 

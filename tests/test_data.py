@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from scaling.data import text, tokenizer
+from scaling.data import loader, text, tokenizer
 from scaling.data.build import build_datasets
 from scaling.data.dataset import IGNORED, MicroBatch, from_windows
 from scaling.data.hashing import derive, derive_each
@@ -188,17 +188,53 @@ def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
 
 
-def test_reads_ahead_and_stops_when_closed() -> None:
+def reads_at_rest(dataset: Numbers) -> int:
+    """How often it was read, once nobody goes on reading."""
+    before, deadline = -1, time.monotonic() + 5
+    while dataset.reads != before and time.monotonic() < deadline:
+        before = dataset.reads
+        time.sleep(0.2)
+    return dataset.reads
+
+
+def test_reads_ahead_and_stops_when_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_MOST_BYTES", 1)  # any step is large, and goes by itself
     dataset = Numbers(100)
     batches = iterate(dataset)
     assert len(next(batches)) == 2
-    deadline = time.monotonic() + 5
-    while dataset.reads < 6 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert 6 <= dataset.reads <= 8  # this step, two in the queue, and at most one in hand
+    assert reads_at_rest(dataset) == 8  # this step, two that wait, and one in hand
     assert len(readers()) == 1
     batches.close()
     assert not readers()
+
+
+def test_small_steps_are_handed_over_together() -> None:
+    dataset = Numbers(1000)
+    batches = iterate(dataset)
+    seen: list[int] = []
+    for _ in range(3 * loader._MOST_STEPS + 32):
+        next(batches)
+        time.sleep(0.01)
+        seen.append(dataset.reads)
+    batches.close()
+    assert len(set(seen[-32:])) < 8  # one at a time it would have been read after each
+    assert seen[-1] // 2 - len(seen) <= 4 * loader._MOST_STEPS  # the rest of a bundle, two that wait, and one in hand
+
+
+def test_a_step_that_is_waited_for_is_handed_over_at_once() -> None:
+    class Slow(Numbers):
+        may = threading.Semaphore(0)
+
+        def read(self, indices: np.ndarray) -> MicroBatch:
+            assert self.may.acquire(timeout=5), "the steps that were read are kept back"
+            return super().read(indices)
+
+    dataset = Slow(100)
+    batches = iterate(dataset)
+    for _ in range(20):
+        dataset.may.release(2)
+        next(batches)
+    batches.close()
 
 
 def test_thread_ends_with_the_steps() -> None:

@@ -22,8 +22,21 @@ class Samples:
         """The same with every tensor changed: pinned, say, or on another device."""
         return replace(self, **{part.name: change(getattr(self, part.name)) for part in fields(self)})
 
-    def keyed(self, keys: np.ndarray) -> Self:
-        """The same, what is random about each sample (noise, say) drawn by its key: uint64 [micro_batch]."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        sizes = [0]
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        self.each(note)
+        return sum(sizes)
+
+    def keyed(self, keys: Callable[[], np.ndarray]) -> Self:
+        """The same, what is random about each sample (noise, say) drawn by its key: uint64 [micro_batch]; whose samples
+        have nothing random need not ask for them."""
         return self
 
     @property
@@ -110,8 +123,8 @@ class ActionBatch(Samples):
     keys: Tensor
     """What noise is drawn by, int64 [micro_batch]; of each place in the order of a run another."""
 
-    def keyed(self, keys: np.ndarray) -> Self:
-        return replace(self, keys=torch.from_numpy(keys.view(np.int64)))
+    def keyed(self, keys: Callable[[], np.ndarray]) -> Self:
+        return replace(self, keys=torch.from_numpy(keys().view(np.int64)))
 
     @property
     def terms(self) -> int:

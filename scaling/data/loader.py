@@ -6,8 +6,8 @@ Nothing here ends early on one rank: the number of micro-batches follows from th
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from itertools import repeat
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,14 +17,16 @@ from scaling.data.dataset import Dataset, MicroBatch, Samples
 from scaling.data.hashing import derive, derive_each
 from scaling.data.order import sample_indices
 
-_STEPS_AHEAD = 2
-"""Steps that wait in memory while one trains: one more than needed, for steps that take longer to read than others."""
+_BUNDLES_AHEAD = 2
+"""Bundles of steps that wait in memory: one more than needed, for steps that take longer to read than others."""
+_MOST_STEPS, _MOST_BYTES = 16, 2**22
+"""Of a bundle. Where both threads run Python they hand each other the interpreter again and again, which takes longer
+than to read a step of text; steps that are read together cost that once."""
 _NOISE = 0x6E6F697365
 """Of the keys of samples: no other use of the seed has this word."""
 _STOP_CHECK_S = 0.1
 _STOP_WAIT_S = 5.0
 """How long closing waits for a read under way, on storage that hangs, say; the thread dies with the process."""
-T = TypeVar("T")
 
 
 def step_batches(
@@ -57,7 +59,7 @@ def step_batches(
         batches: list[Samples] = []
         for micro_step in range(accumulation):
             first = first_sample + (micro_step * world_size + rank) * micro_batch
-            batch = dataset.read(sample_indices(first, micro_batch, len(dataset), seed)).keyed(keys(first))
+            batch = dataset.read(sample_indices(first, micro_batch, len(dataset), seed)).keyed(partial(keys, first))
             if pieces > 1:
                 assert isinstance(batch, MicroBatch), "the spec refuses others"
                 batch = batch.cut(pieces)
@@ -94,39 +96,49 @@ def validation_batches(
         yield batch
 
 
-def _read_ahead(start: Callable[[], Iterator[T]]) -> Generator[T, None, None]:
-    """The items of start(), which a thread of its own calls and walks through, a few items ahead."""
-    ready: queue.Queue[tuple[list[T], BaseException | None]] = queue.Queue(maxsize=_STEPS_AHEAD)
+def _read_ahead(start: Callable[[], Iterator[list[Samples]]]) -> Generator[list[Samples], None, None]:
+    """The steps of start(), which a thread of its own calls and walks through, some steps ahead."""
+    ready: queue.Queue[tuple[list[list[Samples]], BaseException | None]] = queue.Queue(maxsize=_BUNDLES_AHEAD)
     closed = threading.Event()
 
-    def offer(items: list[T], error: BaseException | None = None) -> None:
+    def offer(steps: list[list[Samples]], error: BaseException | None = None) -> None:
         while not closed.is_set():
             try:
-                ready.put((items, error), timeout=_STOP_CHECK_S)
+                ready.put((steps, error), timeout=_STOP_CHECK_S)
                 return
             except queue.Full:
                 continue
 
     def work() -> None:
+        bundle: list[list[Samples]] = []
+        size = 1
         try:
-            for item in start():
-                offer([item])
+            for step in start():
+                bundle.append(step)
+                if len(bundle) == size:
+                    awaited = ready.empty()  # then reading is what takes long, and every step is handed over at once
+                    offer(bundle)
+                    room = _MOST_BYTES // max(1, sum(batch.nbytes for batch in step))
+                    size = 1 if awaited else max(1, min(2 * size, _MOST_STEPS, room))
+                    bundle = []
                 if closed.is_set():
                     return
+            if bundle:
+                offer(bundle)
             offer([])  # the end
         except BaseException as error:
-            offer([], error)
+            offer(bundle, error)
 
     thread = threading.Thread(target=work, name="read-ahead", daemon=True)
     thread.start()
     try:
         while True:
-            items, error = ready.get()
+            steps, error = ready.get()
+            yield from steps
             if error is not None:
                 raise error
-            if not items:
+            if not steps:
                 return
-            yield items[0]
     finally:
         closed.set()
         thread.join(_STOP_WAIT_S)

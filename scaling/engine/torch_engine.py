@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 from scaling.engine.blocks import prepare_blocks
 from scaling.engine.frozen import gather, keep_whole, on_host, replica
@@ -156,18 +155,21 @@ class TorchEngine:
 
     def step(self) -> Tensor:
         gradients = self._take_gradients()
-        norm = self._global_norm(gradients) / self.loss_scale
+        norm, scale = self._global_norm(gradients), self.loss_scale
+        if scale != 1.0:
+            norm = norm / scale
         # The kernel divides gradients by grad_scale and does nothing at all where found_inf is 1.
-        divisor = torch.full_like(norm, self.loss_scale)
-        if self._max_grad_norm is not None:
-            divisor = divisor * ((norm + 1e-6) / self._max_grad_norm).clamp(min=1.0)
+        if self._max_grad_norm is None:
+            divisor = torch.full_like(norm, scale)
+        else:
+            divisor = ((norm + 1e-6) / (self._max_grad_norm / scale)).clamp(min=scale)
+        found = (norm - norm).ne_(0.0)  # finite: 0, else NaN, which is not 0; `isfinite` takes five kernels
         device = gradients[0].device
         self._optimizer.grad_scale = divisor.to(device)  # pyright: ignore[reportAttributeAccessIssue]
-        self._optimizer.found_inf = (~norm.isfinite()).float().to(device)  # pyright: ignore[reportAttributeAccessIssue]
+        self._optimizer.found_inf = found.to(device)  # pyright: ignore[reportAttributeAccessIssue]
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        for name in self._trainable:
+            self._parameters[name].grad = self._local[name].grad = None
         if self._scaler:
             self._scaler.update(bool(norm.isfinite()))  # a wait for the device, which fp16's dynamic scale needs
         return norm
@@ -214,10 +216,13 @@ class TorchEngine:
         return [gradient for gradient in found if gradient is not None]
 
     def _global_norm(self, gradients: list[Tensor]) -> Tensor:
-        # As torch.nn.utils.get_total_norm does, but in fp32.
-        total = get_total_norm(gradients).to(self._process.device).square()
-        if self._shard_group is not None:
-            dist.all_reduce(total, group=self._shard_group)
+        # As torch.nn.utils.get_total_norm, which first sorts tensors by device and type: these are all alike.
+        norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage] - as torch itself
+        total = torch.linalg.vector_norm(torch.stack(norms)).to(self._process.device)
+        if self._shard_group is None:
+            return total
+        total = total.square()
+        dist.all_reduce(total, group=self._shard_group)
         return total.sqrt()
 
 
