@@ -58,9 +58,9 @@ class TitanOps(RepeatingOps):
 class TuneOps(RepeatingOps):
     """torchtune's RMSNorm is composed: normed in fp32, cast, then weighted. Compiled it keeps what a fused one does."""
 
-    def rms_norm(self, name: str, inputs: Value, columns: int) -> Value:
+    def rms_norm(self, name: str, inputs: Value, columns: int, *, composed: bool = False) -> Value:
         if self.compiled:
-            return super().rms_norm(name, inputs, columns)
+            return super().rms_norm(name, inputs, columns, composed=composed)
         weight = self.read(f"{name}.weight")
         size = inputs.elements
         exact = self.cast(inputs, FLOAT, self.shape.width)

@@ -159,14 +159,14 @@ def train_step(
     device = process.device
     counted = _begin_count(micro_batches, known_terms, process)
     terms = scale = 1.0
-    total = told = None
+    total = torch.zeros((), device=device)
+    told = None
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with engine.micro_step(last=last):
             with clock.phase("forward"):
                 loss = objective(engine.module, _to(batch, device))
-            own = loss.detach().float()
-            total = own if total is None else total + own
+            total += loss.detach()
             if last:
                 told = engine.begin_sum(_own_row(total, requests, process))
             if index == 0:

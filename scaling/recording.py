@@ -43,6 +43,7 @@ from scaling.estimate.work import DIRECTIONS
 from scaling.groups import resolve_groups
 from scaling.inventory import parameters, sequences
 from scaling.inventory.recorded import SCHEMA_VERSION, fingerprint, keep_inventory
+from scaling.models import on_cpu
 from scaling.models.recipe import ModelRecipe, canonical_name, module_path
 from scaling.models.recorded import blocks_in, build, inventory_found, parameters_of, recorded_recipe
 from scaling.objectives import Objective, build_objective
@@ -423,11 +424,11 @@ def _passes(
         module.train()
         batch = made_up(spec, count)
         recorder = Recorder(module, recipe.blocks, list(vars(batch).values()))
-        functions: dict[str, Any] = dict(_GPU_KERNELS) if kernels == "gpu" else {}
-        functions |= {"linear": _KeepingLinear.apply} if zero3_linear else {}
+        functions: list[tuple[Any, str, Any]] = list(_GPU_KERNELS) if kernels == "gpu" else []
+        functions += [(F, "linear", _KeepingLinear.apply)] if zero3_linear else []
         with contextlib.ExitStack() as stack:
-            for name, function in functions.items():
-                stack.enter_context(replaced(F, name, function))
+            for home, name, function in functions:
+                stack.enter_context(replaced(home, name, function))
             stack.enter_context(recorder)
             stack.enter_context(recorder.watching())
             loss = job.objective(module, batch)
@@ -493,7 +494,12 @@ def _rms_norm(
     return _RMSNorm.apply(input, input.new_ones(*normalized_shape) if weight is None else weight)
 
 
-_GPU_KERNELS = {"scaled_dot_product_attention": _attention, "dropout": _dropout, "rms_norm": _rms_norm}
+_GPU_KERNELS = (
+    (F, "scaled_dot_product_attention", _attention),
+    (F, "dropout", _dropout),
+    (F, "rms_norm", _rms_norm),
+    (on_cpu, "rms_norm", _rms_norm),
+)
 """Functions of which a GPU keeps something else for the backward pass than a CPU."""
 
 

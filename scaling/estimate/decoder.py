@@ -115,7 +115,7 @@ class PlayedBlocks:
 
     def head_norm(self, name: str, heads: Value) -> Value:
         """RMSNorm of each head, which makes the transposed heads contiguous."""
-        return self.ops.contiguous(self.ops.rms_norm(name, heads, head_dim(self.model)))
+        return self.ops.contiguous(self.ops.rms_norm(name, heads, head_dim(self.model), composed=True))
 
     def norm(self, name: str, hidden: Value) -> Value:
         """LayerNorm or RMSNorm."""

@@ -262,11 +262,14 @@ class Ops:
         del turned, first, second
         return self.add(near, far)
 
-    def rms_norm(self, name: str, inputs: Value, columns: int) -> Value:
-        """RMSNorm: one kernel that keeps 1/root of each row in fp32; on a CPU torch composes it, in fp32."""
+    def rms_norm(self, name: str, inputs: Value, columns: int, *, composed: bool = False) -> Value:
+        """RMSNorm: one kernel that keeps 1/root of each row in fp32. On a CPU torch composes it, in fp32; what is in
+        fp32 goes to a function of ours (scaling/models/on_cpu.py), but where `composed`."""
         exact = self.shape.width == FLOAT
         weight = self.read(f"{name}.weight")
         rows = inputs.elements // columns
+        if exact and not (self.cuda or self.compiled or composed):
+            return self._rms_norm_on_cpu(inputs, weight, rows)
         if self.cuda:
             out, root = self.new(inputs.elements), self.new(rows, FLOAT)
             sizes = self.wanted((inputs, weight), (inputs.elements, columns))
@@ -284,6 +287,22 @@ class Ops:
         weighted = self._broadcast(scaled, weight)
         del scaled
         return weighted if exact else self.cast(weighted, self.shape.width, FLOAT)
+
+    def _rms_norm_on_cpu(self, inputs: Value, weight: Value, rows: int) -> Value:
+        size, columns = inputs.elements, weight.elements
+        root, out = self.new(rows), self.new(size)
+        to_inputs, to_weight = inputs.node is not None, weight.node is not None
+
+        def run(_: Storage, __: list[Storage]) -> Gradients:
+            product = self.new(size)
+            of_weight = self.new(columns) if to_weight else None
+            if not to_inputs:
+                return [None, of_weight]
+            along, cubes = self.new(rows), self.new(rows)
+            del along, cubes
+            return [product, of_weight]
+
+        return self.result(size, [inputs, weight], [inputs.storage, root, weight.storage], run, out)
 
     def _power(self, base: Value, size: int, *, keeps_result: bool = False) -> Value:
         """x ** 2, or 1 / sqrt(x), in fp32."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scaling.inventory import VALUE_HEAD, blocks, head_dim, is_adapter
 from scaling.models.lora import adapter_inserter, fill_adapter
 from scaling.models.loss import summed_cross_entropy, token_cross_entropy
+from scaling.models.on_cpu import RMSNorm
 from scaling.models.recipe import ModelRecipe
 from scaling.spec.sections import Decoder as DecoderSpec
 from scaling.spec.sections import Lora, Objective, in_chunks
@@ -266,7 +267,7 @@ def norm_of(spec: DecoderSpec) -> nn.Module:
     """The normalisation of `spec`, over its width."""
     if spec.norm == "layernorm":
         return nn.LayerNorm(spec.hidden_size, eps=spec.norm_eps, bias=spec.bias)
-    return nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+    return RMSNorm(spec.hidden_size, eps=spec.norm_eps)
 
 
 def mask_of(starts: Tensor, dtype: torch.dtype, before: int = 0) -> Tensor:
