@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from scaling.estimate.tape import Backward, Frame, Gradients, Node, Split, Storage, Tape, Value
+from scaling.estimate.tape import Backward, Frame, Gradients, Leaf, Node, Split, Storage, Tape, Value
 
 FLOAT, LONG = 4, 8
 
@@ -51,6 +51,8 @@ class Ops:
         """The checkpointed call at work."""
         self.repeats = False
         """A recorded call is being made again in the backward pass."""
+        self.adds_rows = False
+        """Further gradients of a table are added to the one that is there, row by row."""
         self.zero3_linear = False
         """Linear layers are DeepSpeed's, which keep all they have (runtime/zero/linear.py)."""
 
@@ -139,10 +141,15 @@ class Ops:
         return [size if value and value.node else None for value, size in zip(values, sizes, strict=True)]
 
     def embedding(self, name: str, rows: int, columns: int) -> Value:
-        """Rows of a table."""
+        """Rows of a table; see `adds_rows` of scaling/models/on_cpu.py."""
         table = self.read(f"{name}.weight")
-        size = table.elements
-        return self.result(rows * columns, [table], [], lambda *_: [self.new(size)])
+        size, leaf = table.elements, table.node
+
+        def run(_: Storage, __: list[Storage]) -> Gradients:
+            there = self.adds_rows and isinstance(leaf, Leaf) and leaf.grad is not None
+            return [None if there else self.new(size)]
+
+        return self.result(rows * columns, [table], [], run)
 
     def add(self, first: Value, second: Value) -> Value:
         """Sum, the second broadcast to the first."""

@@ -195,9 +195,11 @@ class Leaf(Node):
         return ()
 
     def take(self, gradients: list[Storage]) -> None:
-        """Keep the gradient in the list, which is emptied, or add it to the one that is there."""
-        gradient = gradients.pop()
+        """Keep the gradient in the list, which is emptied, or add it to the one that is there; without one in the list
+        that has been done."""
+        gradient = gradients.pop() if gradients else None
         if self.grad is None:
+            assert gradient is not None
             self.grad = gradient
             if self.category is not None and gradient.category == "workspace":
                 gradient.rename(self.category)
@@ -307,14 +309,15 @@ def backward(tape: Tape, root: Node, gradient: Storage) -> None:
     while ready:
         node = heapq.heappop(ready)[2]
         # A leaf takes the gradient itself; for others it is gone before what they keep.
-        found = list(node.backward(gradients.pop(id(node))))
+        found = list(node.backward(gradients.pop(id(node), [])))
         for index, edge in enumerate(node.edges):
             if edge is None:
                 continue
             part, found[index] = found[index], None
-            assert part is not None
             there = gradients.get(id(edge))
-            if there is None:
+            if part is None:
+                assert isinstance(edge, Leaf), "only a leaf has a gradient that was added to"
+            elif there is None:
                 gradients[id(edge)] = [part]
             elif edge.joins:
                 there.append(part)

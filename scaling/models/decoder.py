@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scaling.inventory import VALUE_HEAD, blocks, head_dim, is_adapter
 from scaling.models.lora import adapter_inserter, fill_adapter
 from scaling.models.loss import summed_cross_entropy, token_cross_entropy
-from scaling.models.on_cpu import RMSNorm
+from scaling.models.on_cpu import Embedding, RMSNorm
 from scaling.models.recipe import ModelRecipe
 from scaling.spec.sections import Decoder as DecoderSpec
 from scaling.spec.sections import Lora, Objective, in_chunks
@@ -228,13 +228,6 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing: torch's initial values would be computed only to be overwritten."""
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding that leaves its weights as they are allocated."""
-
-    def reset_parameters(self) -> None:
-        """Nothing, as in Linear."""
 
 
 class Head(Linear):

@@ -1,4 +1,4 @@
-"""What torch composes of many small operations on a CPU, as one function each: a fifth of a small Llama's step."""
+"""What takes a CPU longer in torch's way than in another; what there is on a GPU is left as it is."""
 
 from typing import Any
 
@@ -48,3 +48,42 @@ class _RMSNorm(torch.autograd.Function):
         del rows
         grad_x = torch.mul(grads[0], weight, out=product).mul_(root).addcmul_(x, along)
         return grad_x, grad_weight, None
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that leaves its weights as they are allocated: they are filled by name (`fill_parameter`) later."""
+
+    adds_rows = False
+    """Whether a further gradient is added to the table's row by row. Torch fills a gradient as large as the table with
+    zeros for the few rows that a micro-batch has read, and adds all of it. For engines that look at `grad` alone, on a
+    CPU: a GPU would add in any order."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: torch's initial values would be computed only to be overwritten."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
+        weight = self.weight
+        asked = torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
+        if not (asked and self.adds_rows and weight.is_leaf):
+            return F.embedding(input, weight)
+        return _Rows.apply(weight, input)  # pyright: ignore[reportReturnType]
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        (ids,) = ctx.saved_tensors
+        there = ctx.weight.grad
+        if there is None:
+            return torch.ops.aten.embedding_dense_backward(grads[0], ids, len(ctx.weight), -1, False), None
+        there.index_add_(0, ids.flatten(), grads[0].flatten(0, ids.dim() - 1))
+        return None, None

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaling.inventory import CHANNELS, TIME_FEATURES, blocks, fusion_shape, patches, shapes, vision_shape
-from scaling.models.decoder import MLP, Attention, Block, Embedding, Linear, fill_parameter, norm_of, rotation_of
+from scaling.models.decoder import MLP, Attention, Block, Linear, fill_parameter, norm_of, rotation_of
+from scaling.models.on_cpu import Embedding
 from scaling.models.recipe import ModelRecipe
 from scaling.spec.sections import AnyVla, HuggingFaceVision
 from scaling.spec.sections import Decoder as DecoderSpec
