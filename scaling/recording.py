@@ -498,7 +498,7 @@ _GPU_KERNELS = (
     (F, "scaled_dot_product_attention", _attention),
     (F, "dropout", _dropout),
     (F, "rms_norm", _rms_norm),
-    (on_cpu, "rms_norm", _rms_norm),
+    (on_cpu, "eager_on_cpu", lambda _: False),
 )
 """Functions of which a GPU keeps something else for the backward pass than a CPU."""
 

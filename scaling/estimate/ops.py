@@ -257,9 +257,11 @@ class Ops:
         return self.result(size, [inputs], [], lambda *_: [self.new(size, back)], self.new(size, width))
 
     def rotate(self, heads: Value, cosines: Storage, sines: Storage) -> Value:
-        """_rotate: heads * cosines + cat((-second half, first half)) * sines."""
+        """heads * cosines + cat((-second half, first half)) * sines; on a CPU a function of ours in place of it."""
         half = heads.elements // 2
         size = heads.elements
+        if not (self.cuda or self.compiled):
+            return self.result(size, [heads], [cosines, sines], lambda *_: [self.new(size)])
         node = Split(self.tape, [heads.node], [], lambda *_: [self.new(size)]) if heads.node else None
         first = second = Value(heads.storage, half, node)
         near = self.times(heads, cosines)
@@ -305,8 +307,8 @@ class Ops:
             of_weight = self.new(columns) if to_weight else None
             if not to_inputs:
                 return [None, of_weight]
-            along, cubes = self.new(rows), self.new(rows)
-            del along, cubes
+            along = self.new(rows)
+            del along
             return [product, of_weight]
 
         return self.result(size, [inputs, weight], [inputs.storage, root, weight.storage], run, out)

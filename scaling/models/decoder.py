@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scaling.inventory import VALUE_HEAD, blocks, head_dim, is_adapter
 from scaling.models.lora import adapter_inserter, fill_adapter
 from scaling.models.loss import summed_cross_entropy, token_cross_entropy
-from scaling.models.on_cpu import Embedding, RMSNorm
+from scaling.models.on_cpu import Embedding, RMSNorm, rotate
 from scaling.models.recipe import ModelRecipe
 from scaling.spec.sections import Decoder as DecoderSpec
 from scaling.spec.sections import Lora, Objective, in_chunks
@@ -169,7 +169,7 @@ class Attention(nn.Module):
         )
         query, key = self.q_norm(query), self.k_norm(key)
         if rotation is not None:
-            query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+            query, key = rotate(query, *rotation), rotate(key, *rotation)
         if memory is not None:
             key, value = memory.extend(key, value)
         dropout = self.dropout if self.training else 0.0
@@ -287,8 +287,3 @@ def rotation_of(spec: DecoderSpec, positions: Tensor, dtype: torch.dtype) -> tup
     if positions.dim() == 2:
         angles = angles.unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosines + torch.cat((-second, first), dim=-1) * sines
