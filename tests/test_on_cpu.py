@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scaling.models import on_cpu
+from scaling.models.decoder import Decoder
 from scaling.models.on_cpu import Embedding, RMSNorm, rms_norm, rotate
+from scaling.spec.sections import Decoder as DecoderSpec
 
 ROWS, WIDTH = (2, 5), 16
 
@@ -116,7 +118,7 @@ def table(rows: int = 50) -> Embedding:
     module = Embedding(rows, WIDTH)
     torch.manual_seed(0)
     torch.nn.init.normal_(module.weight)
-    module.adds_rows = True
+    module.in_place = True
     return module
 
 
@@ -150,6 +152,32 @@ def test_a_frozen_table_takes_no_gradient() -> None:
     module = table()
     module.weight.requires_grad_(False)
     assert not module(torch.tensor([1])).requires_grad
+
+
+@pytest.mark.parametrize("frozen", [(), ("embed_tokens",), ("lm_head",)], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_has_the_same_gradients_in_place(tied: bool, frozen: tuple[str, ...]) -> None:
+    shape = dict(vocab_size=60, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    spec = DecoderSpec(kind="decoder", max_position_embeddings=8, tie_word_embeddings=tied, **shape)
+    found: list[dict[str, Tensor | None]] = []
+    for in_place in (False, True):
+        model = Decoder(spec)
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        for name in frozen:
+            model.get_submodule(name).weight.requires_grad_(False)
+        model.embed_tokens.in_place = model.lm_head.in_place = in_place
+        for seed in range(3):
+            torch.manual_seed(seed)
+            ids = torch.randint(0, 60, (2, 9))
+            targets = ids[:, 1:].clone()
+            targets[0, :3] = -100
+            (model(ids[:, :-1], targets) * 0.25).backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    wanted, there = found
+    for name in wanted:
+        torch.testing.assert_close(there[name], wanted[name])
 
 
 # ---------------------------------------------------------------- compiled

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from scaling.estimate.ops import FLOAT, LONG, Ops
-from scaling.estimate.tape import Gradients, Storage, Value
+from scaling.estimate.tape import Gradients, Leaf, Storage, Value
 from scaling.inventory import head_dim
 from scaling.spec.sections import Decoder, Lora
 
@@ -322,7 +322,9 @@ class PlayedDecoder(PlayedBlocks):
             logits = mask = safe = grad = None
             for count in counts:
                 logits, mask, safe = self.scored(count)
-                self.slope(count, counted=True)
+                self.slope(count)
+                counted = ops.new(count, FLOAT)
+                del counted
                 grad = logits if exact else ops.new(count * vocabulary)
                 product = None if sizes[1] is None or exact else ops.new(sizes[1])
                 del product
@@ -342,15 +344,14 @@ class PlayedDecoder(PlayedBlocks):
         del half
         return logits, ops.new(rows, 1), ops.new(rows, LONG)
 
-    def slope(self, rows: int, *, counted: bool = False) -> None:
-        """_slope of scaling/models/loss.py, in place: what each row counts, and what is taken from its target."""
-        counts = self.ops.new(rows, FLOAT) if counted else None
+    def slope(self, rows: int) -> None:
+        """_slope of scaling/models/loss.py, in place: what is taken from each row's target."""
         ones = self.ops.new(rows, FLOAT)
-        del counts, ones
+        del ones
 
     def chunked_loss(self, hidden: Value, weight: Value) -> Value:
         """_ChunkedCrossEntropy.forward."""
-        ops, vocabulary = self.ops, self.model.vocab_size
+        ops, model, vocabulary = self.ops, self.model, self.model.vocab_size
         rows = max(1, CHUNK_ELEMENTS // vocabulary)
         total = ops.new(1, FLOAT)
         kept = [ops.new(hidden.elements)] if hidden.node else []
@@ -368,12 +369,14 @@ class PlayedDecoder(PlayedBlocks):
             grad = logits
             if ops.shape.width != FLOAT:
                 grad = ops.new(count * vocabulary)
-            if weight.node and ops.shape.width != FLOAT:
-                product = ops.new(weight.elements)
-                del product
+            if weight.node:
+                counted = ops.new(count * model.hidden_size)
+                product = ops.new(weight.elements) if ops.shape.width != FLOAT else None
+                del counted, product
         del logits, mask, safe, picked, grad
 
         sizes, exact = ops.wanted((hidden, weight), (hidden.elements, weight.elements)), ops.shape.width == FLOAT
+        leaf = weight.node if ops.in_place and isinstance(weight.node, Leaf) else None
 
         def run(_: Storage, saved: list[Storage]) -> Gradients:
             found: list[Storage | None] = [None, None]
@@ -383,7 +386,9 @@ class PlayedDecoder(PlayedBlocks):
                 del upcast
                 found[0] = scaled if exact else ops.new(sizes[0])
                 del scaled
-            if sizes[1] is not None:  # in fp32 it is scaled where it lies, and given away
+            if leaf is not None:
+                Leaf.take(leaf, [saved[-1]])  # of itself: DDP copies to its bucket when all are done
+            elif sizes[1] is not None:  # in fp32 it is scaled where it lies, and given away
                 found[1] = saved[-1] if exact else ops.new(sizes[1])
             return found
 

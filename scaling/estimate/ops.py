@@ -51,8 +51,8 @@ class Ops:
         """The checkpointed call at work."""
         self.repeats = False
         """A recorded call is being made again in the backward pass."""
-        self.adds_rows = False
-        """Further gradients of a table are added to the one that is there, row by row."""
+        self.in_place = False
+        """Functions write to a parameter's gradient themselves (`writes_grad` of scaling/models/on_cpu.py)."""
         self.zero3_linear = False
         """Linear layers are DeepSpeed's, which keep all they have (runtime/zero/linear.py)."""
 
@@ -141,12 +141,12 @@ class Ops:
         return [size if value and value.node else None for value, size in zip(values, sizes, strict=True)]
 
     def embedding(self, name: str, rows: int, columns: int) -> Value:
-        """Rows of a table; see `adds_rows` of scaling/models/on_cpu.py."""
+        """Rows of a table."""
         table = self.read(f"{name}.weight")
         size, leaf = table.elements, table.node
 
         def run(_: Storage, __: list[Storage]) -> Gradients:
-            there = self.adds_rows and isinstance(leaf, Leaf) and leaf.grad is not None
+            there = self.in_place and isinstance(leaf, Leaf) and leaf.grad is not None
             return [None if there else self.new(size)]
 
         return self.result(rows * columns, [table], [], run)

@@ -233,6 +233,9 @@ class Linear(nn.Linear):
 class Head(Linear):
     """The output projection. The loss is its own so that whatever gathers its weight gathers it for the loss too."""
 
+    in_place = False
+    """Whether the weight's gradient is written to its `grad` at once. See `writes_grad`."""
+
     def __init__(self, inputs: int, outputs: int, *, chunked: bool) -> None:
         super().__init__(inputs, outputs, bias=False)
         self.chunked = chunked
@@ -249,11 +252,11 @@ class Head(Linear):
         of each sequence, [batch], where `by_sequence`, of each token, [batch, sequence], where `by_token`."""
         if targets is None:
             return F.linear(hidden, self.weight)
+        rows, wanted = hidden.flatten(0, 1), targets.flatten()
         if by_sequence or by_token:
-            rows, wanted = hidden.flatten(0, 1), targets.flatten()
             losses = token_cross_entropy(rows, self.weight, wanted, chunked=self.chunked).view(targets.shape)
             return losses if by_token else losses.sum(dim=1)
-        return summed_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), chunked=self.chunked)
+        return summed_cross_entropy(rows, self.weight, wanted, chunked=self.chunked, in_place=self.in_place)
 
 
 def norm_of(spec: DecoderSpec) -> nn.Module:

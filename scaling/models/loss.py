@@ -6,21 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scaling.models.on_cpu import writes_grad
 from scaling.records import IGNORED
 
 CHUNK_ELEMENTS = 2**25
 """Logits alive at a time in the chunked form: 128 MiB of fp32, 667 rows of GPT-2's vocabulary, plenty for a GEMM."""
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunked: bool) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunked: bool, in_place: bool = False
+) -> Tensor:
     """Sum over rows of -log softmax(hidden @ weight.T)[target], an fp32 scalar; rows with target -100 add nothing.
 
-    hidden [rows, width], weight [vocabulary, width], targets int64 [rows].
+    hidden [rows, width], weight [vocabulary, width], targets int64 [rows]. In chunks the weight's gradient is written
+    to its `grad` at once where `in_place`; see `writes_grad`.
     """
     if chunked:
         if not torch.is_grad_enabled():  # a Function is told who requires a gradient, not that nobody will ask for it
             hidden, weight = hidden.detach(), weight.detach()
-        return _ChunkedCrossEntropy.apply(hidden, weight, targets)  # pyright: ignore[reportReturnType]
+        leaf = weight if in_place and writes_grad(weight) else None
+        return _ChunkedCrossEntropy.apply(hidden, weight, targets, leaf)  # pyright: ignore[reportReturnType]
     logits = F.linear(hidden, weight).float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
@@ -44,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, leaf: Tensor | None) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -57,25 +62,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total -= torch.where(kept, picked, 0).sum()
             if not (wants_hidden or wants_weight):
                 continue
-            grad = _slope(scores, safe, kept).to(hidden.dtype)
+            grad = _slope(scores, safe).to(hidden.dtype)
+            counts = kept.unsqueeze(1)  # goes to what is as wide as the model, and not as the vocabulary
             if place is not None:
-                torch.mm(grad, weight, out=place)
+                torch.mm(grad, weight, out=place).mul_(counts)
             if grad_weight is not None:
-                _add_product(grad_weight, grad.t(), chunk, first=index == 0)
+                _add_product(grad_weight, grad.t(), chunk * counts, first=index == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.leaf, ctx.weight_dtype = leaf, weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        return (
+        scale, leaf = grads[0], ctx.leaf
+        if grad_hidden is not None:
             # In fp32: rounding the scale itself to bf16 would bias every gradient by up to 0.4 %.
-            None if grad_hidden is None else (grad_hidden.float() * scale).to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight.mul_(scale).to(ctx.weight_dtype),
-            None,
-        )
+            grad_hidden = (grad_hidden.float() * scale).to(grad_hidden.dtype)
+        if leaf is None or leaf.grad is None:
+            grad_weight = None if grad_weight is None else grad_weight.mul_(scale).to(ctx.weight_dtype)
+        if leaf is None:
+            return grad_hidden, grad_weight, None, None
+        if leaf.grad is None:
+            leaf.grad = grad_weight
+        else:
+            leaf.grad.add_(grad_weight, alpha=scale.item())
+        return grad_hidden, None, None, None
 
 
 class _ChunkedTokenCrossEntropy(torch.autograd.Function):
@@ -104,7 +116,7 @@ class _ChunkedTokenCrossEntropy(torch.autograd.Function):
         parts = zip(hidden.split(rows), targets.split(rows), grads[0].split(rows), places, strict=True)
         for index, (chunk, target, counts, place) in enumerate(parts):
             scores, kept, safe = _scored(chunk, weight, target)
-            grad = _slope(scores, safe, kept * counts).to(hidden.dtype)
+            grad = _slope(scores, safe).mul_((kept * counts).unsqueeze(1)).to(hidden.dtype)
             if place is not None:
                 torch.mm(grad, weight, out=place)
             if grad_weight is not None:
@@ -120,11 +132,9 @@ def _scored(chunk: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tens
     return scores, kept, torch.where(kept, target, 0).unsqueeze(1)
 
 
-def _slope(scores: Tensor, safe: Tensor, counts: Tensor) -> Tensor:
-    """The gradient of each row's loss with respect to its logits, times what the row counts; in place of `scores`."""
-    grad = scores.exp_()
-    grad.scatter_add_(1, safe, torch.full_like(safe, -1.0, dtype=grad.dtype))
-    return grad.mul_(counts.unsqueeze(1))
+def _slope(scores: Tensor, safe: Tensor) -> Tensor:
+    """The gradient of each row's loss with respect to its logits, as if all targets counted; in place of `scores`."""
+    return scores.exp_().scatter_add_(1, safe, torch.full_like(safe, -1.0, dtype=scores.dtype))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

@@ -12,6 +12,13 @@ def eager_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def writes_grad(weight: Tensor) -> bool:
+    """Whether a backward function may write to `weight.grad` itself, if its engine looks at nothing else: of what
+    autograd hands over DDP hears even where there is nothing, FSDP2 and DeepSpeed do not. Not on a GPU, which would add
+    rows in any order."""
+    return weight.is_leaf and weight.requires_grad and torch.is_grad_enabled() and eager_on_cpu(weight)
+
+
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm (Zhang and Sennrich, 2019) over the last dimension."""
 
@@ -89,10 +96,9 @@ def _turned(heads: Tensor, cosines: Tensor, sines: Tensor, sign: float) -> Tenso
 class Embedding(nn.Embedding):
     """nn.Embedding that leaves its weights as they are allocated: they are filled by name (`fill_parameter`) later."""
 
-    adds_rows = False
-    """Whether a further gradient is added to the table's row by row. Torch fills a gradient as large as the table with
-    zeros for the few rows that a micro-batch has read, and adds all of it. For engines that look at `grad` alone, on a
-    CPU: a GPU would add in any order."""
+    in_place = False
+    """Whether a gradient is added, row by row, to the one that the table has: torch fills one as large as the table
+    with zeros for the few rows that a micro-batch has read, and adds all of it. See `writes_grad`."""
 
     def reset_parameters(self) -> None:
         """Nothing: torch's initial values would be computed only to be overwritten."""
@@ -100,8 +106,7 @@ class Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """[...] -> [..., width]."""
         weight = self.weight
-        asked = torch.is_grad_enabled() and weight.requires_grad and weight.is_leaf
-        if not (asked and self.adds_rows and eager_on_cpu(weight)):
+        if not (self.in_place and writes_grad(weight)):
             return F.embedding(input, weight)
         return _Rows.apply(weight, input)  # pyright: ignore[reportReturnType]
 
