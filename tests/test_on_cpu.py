@@ -118,7 +118,7 @@ def table(rows: int = 50) -> Embedding:
     module = Embedding(rows, WIDTH)
     torch.manual_seed(0)
     torch.nn.init.normal_(module.weight)
-    module.in_place = True
+    module.writes_grad = True
     return module
 
 
@@ -160,14 +160,14 @@ def test_a_model_has_the_same_gradients_in_place(tied: bool, frozen: tuple[str, 
     shape = dict(vocab_size=60, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     spec = DecoderSpec(kind="decoder", max_position_embeddings=8, tie_word_embeddings=tied, **shape)
     found: list[dict[str, Tensor | None]] = []
-    for in_place in (False, True):
+    for writes_grad in (False, True):
         model = Decoder(spec)
         torch.manual_seed(3)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         for name in frozen:
             model.get_submodule(name).weight.requires_grad_(False)
-        model.embed_tokens.in_place = model.lm_head.in_place = in_place
+        model.embed_tokens.writes_grad = model.lm_head.writes_grad = writes_grad
         for seed in range(3):
             torch.manual_seed(seed)
             ids = torch.randint(0, 60, (2, 9))

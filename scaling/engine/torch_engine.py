@@ -28,9 +28,7 @@ from scaling.engine.protocol import FlatShard
 from scaling.engine.rider import Rider
 from scaling.engine.scaler import LossScaler
 from scaling.groups import Group
-from scaling.models.decoder import Head
-from scaling.models.on_cpu import Embedding
-from scaling.models.recipe import ModelRecipe, canonical_name
+from scaling.models.recipe import ModelRecipe, canonical_name, let_write_grad
 from scaling.spec.sections import Spec
 
 
@@ -263,9 +261,7 @@ def _whole_model(
         model = recipe.build()
     _fill(model, recipe)
     _freeze(model, groups)
-    for module in model.modules():
-        if isinstance(module, Embedding | Head):
-            module.in_place = True
+    let_write_grad(model)
     dtype = getattr(torch, rendered["param_dtype"])
     if dtype != torch.float32:
         compute_in(model, dtype)

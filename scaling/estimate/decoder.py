@@ -98,20 +98,18 @@ class PlayedBlocks:
         self.ops.compiled = self.compiled
         try:
             mixed = self.wrapped(f"{name}.self_attn", self.wrapped(norm, hidden, self.norm), self.attention)
-            hidden = self.ops.add(hidden, self.wrapped(f"{name}.dropout", mixed, self.dropout))
+            hidden = self.ops.add(hidden, self.dropout(f"{name}.dropout", mixed))
             del mixed
             inner = self.wrapped(f"{name}.mlp", self.wrapped(mlp_norm, hidden, self.norm), self.mlp)
-            return self.ops.add(hidden, self.wrapped(f"{name}.dropout", inner, self.dropout))
+            return self.ops.add(hidden, self.dropout(f"{name}.dropout", inner))
         finally:
             self.ops.compiled = False
 
-    def dropout(self, _: str, hidden: Value) -> Value:
-        """nn.Dropout in training."""
-        return self.ops.dropout(hidden) if self.model.dropout and self.ops.grad else hidden
-
-    def identity(self, _: str, heads: Value) -> Value:
-        """nn.Identity."""
-        return heads
+    def dropout(self, name: str, hidden: Value) -> Value:
+        """nn.Dropout, where there is one."""
+        if not self.model.dropout:
+            return hidden
+        return self.wrapped(name, hidden, lambda _, hidden: self.ops.dropout(hidden) if self.ops.grad else hidden)
 
     def head_norm(self, name: str, heads: Value) -> Value:
         """RMSNorm of each head, which makes the transposed heads contiguous."""
@@ -153,8 +151,9 @@ class PlayedBlocks:
         query = self.linear(f"{name}.q_proj", hidden, self.queries, bias)
         key = self.linear(f"{name}.k_proj", hidden, self.keys, bias)
         value = self.linear(f"{name}.v_proj", hidden, self.keys, bias)
-        norm = self.head_norm if model.qk_norm else self.identity
-        query, key = self.wrapped(f"{name}.q_norm", query, norm), self.wrapped(f"{name}.k_norm", key, norm)
+        if model.qk_norm:
+            query = self.wrapped(f"{name}.q_norm", query, self.head_norm)
+            key = self.wrapped(f"{name}.k_norm", key, self.head_norm)
         if model.position == "rope":
             query, key = ops.rotate(query, *self.rotation), ops.rotate(key, *self.rotation)
         if self.memory is not None:
@@ -222,7 +221,7 @@ class PlayedDecoder(PlayedBlocks):
             places = hooks.leave("embed_positions", ops.embedding("embed_positions", places_of, model.hidden_size))
             hidden = ops.add(hidden, places)
             del places
-        hidden = self.wrapped("dropout", hidden, self.dropout)
+        hidden = self.dropout("dropout", hidden)
         for index in range(model.num_hidden_layers):
             hidden = ops.border(self.wrapped(f"layers.{index}", ops.border(hidden), self.block))
         hidden = self.wrapped("norm", hidden, self.norm)
@@ -376,7 +375,7 @@ class PlayedDecoder(PlayedBlocks):
         del logits, mask, safe, picked, grad
 
         sizes, exact = ops.wanted((hidden, weight), (hidden.elements, weight.elements)), ops.shape.width == FLOAT
-        leaf = weight.node if ops.in_place and isinstance(weight.node, Leaf) else None
+        leaf = weight.node if ops.writes_grad and isinstance(weight.node, Leaf) else None
 
         def run(_: Storage, saved: list[Storage]) -> Gradients:
             found: list[Storage | None] = [None, None]

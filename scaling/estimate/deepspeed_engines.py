@@ -70,7 +70,7 @@ class _Flat(Single):
     Parameters that train are parts of one tensor for each group, frozen ones as they are.
     """
 
-    casts_where_read = in_place = False
+    casts_where_read = writes_grad = False
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan
@@ -347,7 +347,7 @@ class ZeRO3(Single):
     the modules as a pass enters them, backward ones included.
     """
 
-    blocks_alike = casts_where_read = in_place = False
+    blocks_alike = casts_where_read = writes_grad = False
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan

@@ -51,8 +51,8 @@ class Ops:
         """The checkpointed call at work."""
         self.repeats = False
         """A recorded call is being made again in the backward pass."""
-        self.in_place = False
-        """Functions write to a parameter's gradient themselves (`writes_grad` of scaling/models/on_cpu.py)."""
+        self.writes_grad = False
+        """Functions write to a parameter's gradient themselves (`may_write_grad` of scaling/models/on_cpu.py)."""
         self.zero3_linear = False
         """Linear layers are DeepSpeed's, which keep all they have (runtime/zero/linear.py)."""
 
@@ -146,7 +146,7 @@ class Ops:
         size, leaf = table.elements, table.node
 
         def run(_: Storage, __: list[Storage]) -> Gradients:
-            there = self.in_place and isinstance(leaf, Leaf) and leaf.grad is not None
+            there = self.writes_grad and isinstance(leaf, Leaf) and leaf.grad is not None
             return [None if there else self.new(size)]
 
         return self.result(rows * columns, [table], [], run)

@@ -23,8 +23,8 @@ class Single:
     """After so many all steps are alike."""
     blocks_alike = True
     """Blocks do the same whatever their number: nothing is done when so many elements have come."""
-    in_place = True
-    """As `Ops.in_place`, on a CPU."""
+    writes_grad = True
+    """As `Ops.writes_grad`, on a CPU."""
     micro_steps = 2
     """After so many, more of them change nothing: the last that is played stands for all later ones."""
 
@@ -33,7 +33,7 @@ class Single:
     ) -> None:
         self.ops = ops
         self.tape = ops.tape
-        ops.in_place = self.in_place and not ops.cuda
+        ops.writes_grad = self.writes_grad and not ops.cuda
         self.width = ops.shape.width
         self.rendered = rendered
         self.offloads = "offload_optimizer" in rendered.get("zero_optimization", {}) or bool(
@@ -214,7 +214,7 @@ class _Unit:
 class FSDP(Single):
     """Shards in fp32, gathered unit by unit in the compute type; gradients cut as soon as a unit has all of its own."""
 
-    casts_where_read = in_place = False
+    casts_where_read = writes_grad = False
 
     def __init__(
         self, ops: Ops, spec: Spec, groups: Sequence[Group], rendered: dict[str, Any], plan: BatchPlan

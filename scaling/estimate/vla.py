@@ -93,7 +93,7 @@ class PlayedVla:
         hidden = self.patch_embed("vision.patch_embed")
         hidden = ops.add(hidden, self.table("vision.embed_positions", tokens, width))
         hidden = ops.add(hidden, self.table("vision.embed_views", vision.views, width))
-        hidden = part.wrapped("vision.dropout", hidden, part.dropout)
+        hidden = part.dropout("vision.dropout", hidden)
         for index in range(vision.num_hidden_layers):
             hidden = ops.border(part.wrapped(f"vision.layers.{index}", ops.border(hidden), part.block))
         return self.hooks.leave("vision", part.wrapped("vision.norm", hidden, part.norm))
@@ -120,7 +120,7 @@ class PlayedVla:
             hidden = ops.add(hidden, self.table("language.embed_positions", self.text, language.hidden_size))
         else:
             part.rotation = [ops.new(self.text * head_dim(language)) for _ in range(2)]
-        hidden = part.wrapped("language.dropout", hidden, part.dropout)
+        hidden = part.dropout("language.dropout", hidden)
         for index in range(language.num_hidden_layers):
             hidden = ops.border(part.wrapped(f"language.layers.{index}", ops.border(hidden), part.block))
         hidden = part.wrapped("language.norm", hidden, part.norm)
@@ -168,17 +168,17 @@ class PlayedVla:
             normed = part.wrapped(f"{name}.input_layernorm", hidden, part.norm)
             mixed = part.wrapped(f"{name}.self_attn", normed, part.attention)
             del normed
-            hidden = ops.add(hidden, part.wrapped(f"{name}.dropout", mixed, part.dropout))
+            hidden = ops.add(hidden, part.dropout(f"{name}.dropout", mixed))
             del mixed
             normed = part.wrapped(f"{name}.cross_attention_layernorm", hidden, part.norm)
             mixed = self.cross_attention(f"{name}.cross_attn", normed, context)
             del normed
-            hidden = ops.add(hidden, part.wrapped(f"{name}.dropout", mixed, part.dropout))
+            hidden = ops.add(hidden, part.dropout(f"{name}.dropout", mixed))
             del mixed
             normed = part.wrapped(f"{name}.post_attention_layernorm", hidden, part.norm)
             inner = part.wrapped(f"{name}.mlp", normed, part.mlp)
             del normed
-            return ops.add(hidden, part.wrapped(f"{name}.dropout", inner, part.dropout))
+            return ops.add(hidden, part.dropout(f"{name}.dropout", inner))
         finally:
             ops.compiled = False
 

@@ -5,6 +5,7 @@ the logits of the whole micro-batch when `cross_entropy` is "chunked".
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from scaling.inventory import VALUE_HEAD, blocks, head_dim, is_adapter
 from scaling.models.lora import adapter_inserter, fill_adapter
 from scaling.models.loss import summed_cross_entropy, token_cross_entropy
 from scaling.models.on_cpu import Embedding, RMSNorm, rotate
-from scaling.models.recipe import ModelRecipe
+from scaling.models.recipe import ModelRecipe, WritesGrad
 from scaling.spec.sections import Decoder as DecoderSpec
 from scaling.spec.sections import Lora, Objective, in_chunks
 
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
         self.embed_positions = (
             Embedding(spec.max_position_embeddings, spec.hidden_size) if spec.position == "learned" else None
         )
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = dropout_of(spec.dropout)
         self.layers = nn.ModuleList([Block(spec) for _ in range(spec.num_hidden_layers)])
         self.norm = norm_of(spec)
         self.lm_head = Head(spec.hidden_size, spec.vocab_size, chunked=chunked)
@@ -122,7 +123,7 @@ class Block(nn.Module):
         self.self_attn = Attention(spec, causal=causal)
         self.post_attention_layernorm = norm_of(spec)
         self.mlp = MLP(spec)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = dropout_of(spec.dropout)
 
     def forward(
         self,
@@ -150,8 +151,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(spec.hidden_size, keys, bias=qkv_bias)
         self.v_proj = Linear(spec.hidden_size, keys, bias=qkv_bias)
         self.o_proj = Linear(queries, spec.hidden_size, bias=spec.bias)
-        self.q_norm = nn.RMSNorm(self.width, eps=spec.norm_eps) if spec.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.width, eps=spec.norm_eps) if spec.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(self.width, eps=spec.norm_eps) if spec.qk_norm else same
+        self.k_norm = nn.RMSNorm(self.width, eps=spec.norm_eps) if spec.qk_norm else same
         self.grouped = keys != queries
         self.dropout = spec.dropout
 
@@ -230,11 +231,8 @@ class Linear(nn.Linear):
         """Nothing: torch's initial values would be computed only to be overwritten."""
 
 
-class Head(Linear):
+class Head(WritesGrad, Linear):
     """The output projection. The loss is its own so that whatever gathers its weight gathers it for the loss too."""
-
-    in_place = False
-    """Whether the weight's gradient is written to its `grad` at once. See `writes_grad`."""
 
     def __init__(self, inputs: int, outputs: int, *, chunked: bool) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -256,7 +254,17 @@ class Head(Linear):
         if by_sequence or by_token:
             losses = token_cross_entropy(rows, self.weight, wanted, chunked=self.chunked).view(targets.shape)
             return losses if by_token else losses.sum(dim=1)
-        return summed_cross_entropy(rows, self.weight, wanted, chunked=self.chunked, in_place=self.in_place)
+        return summed_cross_entropy(rows, self.weight, wanted, chunked=self.chunked, writes_grad=self.writes_grad)
+
+
+def same(hidden: Tensor) -> Tensor:
+    """Stands where a module would do nothing: calling a module takes the host ten times as long."""
+    return hidden
+
+
+def dropout_of(rate: float) -> Callable[[Tensor], Tensor]:
+    """nn.Dropout, if anything is to be dropped."""
+    return nn.Dropout(rate) if rate else same
 
 
 def norm_of(spec: DecoderSpec) -> nn.Module:

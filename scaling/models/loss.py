@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scaling.models.on_cpu import writes_grad
+from scaling.models.on_cpu import may_write_grad
 from scaling.records import IGNORED
 
 CHUNK_ELEMENTS = 2**25
@@ -14,18 +14,18 @@ CHUNK_ELEMENTS = 2**25
 
 
 def summed_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunked: bool, in_place: bool = False
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunked: bool, writes_grad: bool = False
 ) -> Tensor:
     """Sum over rows of -log softmax(hidden @ weight.T)[target], an fp32 scalar; rows with target -100 add nothing.
 
     hidden [rows, width], weight [vocabulary, width], targets int64 [rows]. In chunks the weight's gradient is written
-    to its `grad` at once where `in_place`; see `writes_grad`.
+    to its `grad` at once where `writes_grad`; see `may_write_grad`.
     """
     if chunked:
         if not torch.is_grad_enabled():  # a Function is told who requires a gradient, not that nobody will ask for it
             hidden, weight = hidden.detach(), weight.detach()
-        leaf = weight if in_place and writes_grad(weight) else None
-        return _ChunkedCrossEntropy.apply(hidden, weight, targets, leaf)  # pyright: ignore[reportReturnType]
+        writes_grad = writes_grad and may_write_grad(weight)
+        return _ChunkedCrossEntropy.apply(hidden, weight, targets, writes_grad)  # pyright: ignore[reportReturnType]
     logits = F.linear(hidden, weight).float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
@@ -49,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, leaf: Tensor | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, writes_grad: bool) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -69,7 +69,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight, grad.t(), chunk * counts, first=index == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.leaf, ctx.weight_dtype = leaf, weight.dtype
+        ctx.leaf, ctx.weight_dtype = weight if writes_grad else None, weight.dtype
         return total
 
     @staticmethod
@@ -79,15 +79,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             # In fp32: rounding the scale itself to bf16 would bias every gradient by up to 0.4 %.
             grad_hidden = (grad_hidden.float() * scale).to(grad_hidden.dtype)
-        if leaf is None or leaf.grad is None:
-            grad_weight = None if grad_weight is None else grad_weight.mul_(scale).to(ctx.weight_dtype)
-        if leaf is None:
-            return grad_hidden, grad_weight, None, None
-        if leaf.grad is None:
-            leaf.grad = grad_weight
-        else:
+        if leaf is not None and leaf.grad is not None:
             leaf.grad.add_(grad_weight, alpha=scale.item())
-        return grad_hidden, None, None, None
+            return grad_hidden, None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
+        if leaf is not None:
+            leaf.grad, grad_weight = grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
 class _ChunkedTokenCrossEntropy(torch.autograd.Function):

@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scaling.models.recipe import WritesGrad
+
 
 def eager_on_cpu(tensor: Tensor) -> bool:
     """Whether it is computed with on a CPU, and not in code that is being compiled, which has ways of its own."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def writes_grad(weight: Tensor) -> bool:
-    """Whether a backward function may write to `weight.grad` itself, if its engine looks at nothing else: of what
-    autograd hands over DDP hears even where there is nothing, FSDP2 and DeepSpeed do not. Not on a GPU, which would add
-    rows in any order."""
+def may_write_grad(weight: Tensor) -> bool:
+    """Whether a module that writes gradients (`WritesGrad`) may write that of `weight`. Not on a GPU: it would add rows
+    in any order."""
     return weight.is_leaf and weight.requires_grad and torch.is_grad_enabled() and eager_on_cpu(weight)
 
 
@@ -93,12 +94,12 @@ def _turned(heads: Tensor, cosines: Tensor, sines: Tensor, sign: float) -> Tenso
     return found
 
 
-class Embedding(nn.Embedding):
-    """nn.Embedding that leaves its weights as they are allocated: they are filled by name (`fill_parameter`) later."""
+class Embedding(WritesGrad, nn.Embedding):
+    """nn.Embedding that leaves its weights as they are allocated: they are filled by name (`fill_parameter`) later.
 
-    in_place = False
-    """Whether a gradient is added, row by row, to the one that the table has: torch fills one as large as the table
-    with zeros for the few rows that a micro-batch has read, and adds all of it. See `writes_grad`."""
+    Where it writes gradients it adds them, row by row, to the one that the table has: torch fills one as large as the
+    table with zeros for the few rows that a micro-batch has read, and adds all of it.
+    """
 
     def reset_parameters(self) -> None:
         """Nothing: torch's initial values would be computed only to be overwritten."""
@@ -106,7 +107,7 @@ class Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """[...] -> [..., width]."""
         weight = self.weight
-        if not (self.in_place and writes_grad(weight)):
+        if not (self.writes_grad and may_write_grad(weight)):
             return F.embedding(input, weight)
         return _Rows.apply(weight, input)  # pyright: ignore[reportReturnType]
 

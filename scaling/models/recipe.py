@@ -40,6 +40,21 @@ def leave(name: str, value: Tensor, generator: torch.Generator) -> None:
     """A `fill` that leaves values as they are."""
 
 
+class WritesGrad(nn.Module):
+    """A module that can add to the `grad` of its weight by itself, in its backward pass."""
+
+    writes_grad = False
+    """Whether it is to. An engine says so that bears it: one process does, and DDP, which hears of a parameter even if
+    autograd hands over nothing; FSDP2 and DeepSpeed do not."""
+
+
+def let_write_grad(model: nn.Module) -> None:
+    """Let those modules of `model` that can."""
+    for module in model.modules():
+        if isinstance(module, WritesGrad):
+            module.writes_grad = True
+
+
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Attributes under which DDP, torch.compile, checkpoint wrappers and FSDP1 hold what they wrap."""
 ADAPTED = ("base_layer", "default")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaling.inventory import CHANNELS, TIME_FEATURES, blocks, fusion_shape, patches, shapes, vision_shape
-from scaling.models.decoder import MLP, Attention, Block, Linear, fill_parameter, norm_of, rotation_of
+from scaling.models.decoder import MLP, Attention, Block, Linear, dropout_of, fill_parameter, norm_of, rotation_of
 from scaling.models.on_cpu import Embedding
 from scaling.models.recipe import ModelRecipe
 from scaling.spec.sections import AnyVla, HuggingFaceVision
@@ -130,7 +130,7 @@ class Vision(nn.Module):
         self.patch_embed = PatchEmbed(spec.patch_size, spec.hidden_size)
         self.embed_positions = Embedding(patches(spec), spec.hidden_size)
         self.embed_views = Embedding(spec.views, spec.hidden_size)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = dropout_of(spec.dropout)
         self.layers = nn.ModuleList([Block(shape, causal=False) for _ in range(spec.num_hidden_layers)])
         self.norm = norm_of(shape)
 
@@ -157,7 +157,7 @@ class Language(nn.Module):
         self.embed_positions = (
             Embedding(spec.max_position_embeddings, spec.hidden_size) if spec.position == "learned" else None
         )
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = dropout_of(spec.dropout)
         self.layers = nn.ModuleList([Block(spec, causal=spec.causal) for _ in range(spec.num_hidden_layers)])
         self.norm = norm_of(spec)
 
@@ -221,7 +221,7 @@ class FusionBlock(nn.Module):
         self.cross_attn = CrossAttention(spec, causal=False)
         self.post_attention_layernorm = norm_of(spec)
         self.mlp = MLP(spec)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = dropout_of(spec.dropout)
 
     def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
         """[batch, chunk, hidden] and [batch, tokens, hidden] -> as the first."""
