@@ -159,7 +159,7 @@ def train_step(
     device = process.device
     counted = _begin_count(micro_batches, known_terms, process)
     terms = scale = 1.0
-    total = torch.zeros((), device=device)
+    total = torch.full((), 0.0, device=device)
     told = None
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
