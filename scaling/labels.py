@@ -25,10 +25,6 @@ def labelled(engine: Engine, meter: MemoryMeter) -> Iterator[None]:
             of = ("activations", "workspace", *(("communication",) if isinstance(parameter, DTensor) else ()))
             meter.label("gradients", [parameter.grad], of=of)
 
-    def take_of_head(head: Head) -> None:
-        if head.writes_grad and head.weight.grad is not None:
-            meter.label("gradients", [head.weight.grad], of=("logits",))
-
     meter.label_rest("communication")
     meter.label("optimizer", (shard.values for shard in engine.state()))
     parameters = all_parameters(engine.module)
@@ -38,7 +34,7 @@ def labelled(engine: Engine, meter: MemoryMeter) -> Iterator[None]:
     hooks = [parameter.register_post_accumulate_grad_hook(take_gradient) for parameter in trained]
     heads = [module for module in engine.module.modules() if isinstance(module, Head)]
     for head in heads:
-        head.forward = _within(head, meter, take_of_head)
+        head.forward = _within(head, meter)
     try:
         yield
     finally:
@@ -71,15 +67,19 @@ def _within_any(tensor: Tensor, places: list[tuple[int, int]]) -> bool:
     return bool(places) and any(start <= tensor.data_ptr() < end for start, end in places)
 
 
-def _within(head: Head, meter: MemoryMeter, written: Callable[[Head], None]) -> Callable[..., Tensor]:
-    """Its forward, of which logits are made; `written` hears of the end of its backward pass."""
+def _within(head: Head, meter: MemoryMeter) -> Callable[..., Tensor]:
+    """Its forward, of which logits are made; what its backward pass writes to the weight's `grad` is a gradient."""
     forward = head.forward
+
+    def take_written(_: Tensor) -> None:
+        if head.weight.grad is not None:
+            meter.label("gradients", [head.weight.grad], of=("logits",))
 
     def call(hidden: Tensor, *inputs: Tensor, **named: bool) -> Tensor:
         with meter.category("logits"):
             result = forward(hidden, *inputs, **named)
-        if hidden.requires_grad:
-            hidden.register_hook(lambda _: written(head))
+        if head.writes_grad and hidden.requires_grad:
+            hidden.register_hook(take_written)
         return result
 
     return call

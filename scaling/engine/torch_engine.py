@@ -163,7 +163,7 @@ class TorchEngine:
             divisor = torch.full_like(norm, scale)
         else:
             divisor = ((norm + 1e-6) / (self._max_grad_norm / scale)).clamp(min=scale)
-        found = (norm - norm).ne_(0.0)  # finite: 0, else NaN, which is not 0; `isfinite` takes five kernels
+        found = (norm - norm).ne_(0.0)  # finite: 0, else NaN, which is not 0; `isfinite` would take six kernels
         device = gradients[0].device
         self._optimizer.grad_scale = divisor.to(device)  # pyright: ignore[reportAttributeAccessIssue]
         self._optimizer.found_inf = found.to(device)  # pyright: ignore[reportAttributeAccessIssue]

@@ -387,8 +387,8 @@ class PlayedDecoder(PlayedBlocks):
                 del scaled
             if leaf is not None:
                 if leaf.grad is None:
-                    saved[-1].rename("gradients")
-                Leaf.take(leaf, [saved[-1]])  # of itself: DDP copies to its bucket when all are done
+                    leaf.grad = saved[-1]  # not `take`: DDP copies to its bucket when all gradients are there
+                    leaf.grad.rename("gradients")
             elif sizes[1] is not None:  # in fp32 it is scaled where it lies, and given away
                 found[1] = saved[-1] if exact else ops.new(sizes[1])
             return found
