@@ -159,28 +159,30 @@ def train_step(
     device = process.device
     counted = _begin_count(micro_batches, known_terms, process)
     terms = scale = 1.0
-    total = torch.full((), 0.0, device=device)
-    told = None
+    total, told = None, None
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with engine.micro_step(last=last):
             with clock.phase("forward"):
                 loss = objective(engine.module, _to(batch, device))
-            total += loss.detach()
+            own = loss.detach().float()
+            total = own if total is None else total + own
             if last:
                 told = engine.begin_sum(_own_row(total, requests, process))
             if index == 0:
                 # Gradients are averaged over ranks, so each rank's share of the sum is scaled up by their number.
                 terms = counted()
                 scale = process.world_size / terms
-            _backward(engine, clock, loss, scale)
+            # Less 0 of the loss, which is NaN where it is not finite: then no gradient is either, on any rank, and the
+            # engine refuses the update.
+            weight = torch.rsub(own, scale, alpha=0)
+            with clock.backward(loss):
+                engine.backward(loss, weight)
     assert told is not None
     with clock.phase("optimizer"):
         parts = None if norms is None else norms.over_ranks(engine.gradient_norms(), process)
         norm = engine.step()
-    found = told()
-    losses = found[2:]
-    return StepResult(losses.sum() / terms, norm, losses, found[:2], parts)
+    return StepResult(told(), terms, norm, parts)
 
 
 def _begin_count(
@@ -192,15 +194,6 @@ def _begin_count(
     own = torch.tensor(float(sum(batch.terms for batch in micro_batches)), device=process.device)
     count = process.begin_sum(own)  # while the first forward pass runs
     return lambda: count().clamp_(min=1.0)
-
-
-def _backward(engine: Engine, clock: Clock, loss: Tensor, scale: Tensor | float) -> None:
-    # The difference is 0, or NaN where the loss is not finite: then no gradient is either, on any rank, and the engine
-    # refuses the update.
-    own = loss.detach().float()
-    scaled = loss * ((own - own) + scale)
-    with clock.backward(scaled):
-        engine.backward(scaled)
 
 
 def measure_validation(

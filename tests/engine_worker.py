@@ -224,9 +224,9 @@ def step(engine: Engine, ids: torch.Tensor, factor: float, look: Callable[[], ob
     own = torch.arange(2.0 + ranks, device=ids.device)
     for last in (False, True):
         with engine.micro_step(last=last):
-            loss = engine.module(ids, ids) * factor / ids.numel()
+            loss = engine.module(ids, ids)
             told = engine.begin_sum(own + rank) if last else None
-            engine.backward(loss)
+            engine.backward(loss, torch.tensor(factor / ids.numel(), device=ids.device))
     look()
     norm = engine.step()
     assert told is not None

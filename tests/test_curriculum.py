@@ -183,7 +183,7 @@ def test_mfu_is_of_the_lengths_that_the_steps_had():
     taker = Recorder([kept], plan, Alone(), sticks, interval=4, first_step=0, last_step=8, length=length_at(data))
     for step in range(1, 9):
         taker.begin(step)
-        result = StepResult(torch.tensor(1.0), torch.tensor(1.0), torch.zeros(1), torch.zeros(2))
+        result = StepResult(torch.zeros(3), 1.0, torch.tensor(1.0))
         taker.step(Progress(step, step * 8, step * 128), (step - 1) * 8, result, lr={"all": 0.1}, loss_scale=1.0)
     taker.close()
     assert [(record.step, record.sequence_length) for record in kept.steps] == [(4, 8), (8, 16)]

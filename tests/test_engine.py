@@ -135,7 +135,7 @@ def reduce(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Ten
 wrapped.register_comm_hook(None, reduce)
 for name, parameter in model.named_parameters():
     parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
-rider.backward(wrapped(torch.ones(2, 600)).sum())
+rider.backward(wrapped(torch.ones(2, 600)).sum(), torch.tensor(1.0))
 for line in seen:
     print(line)
 """

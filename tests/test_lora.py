@@ -178,10 +178,10 @@ def test_a_run_is_a_plain_loop_with_peft(process, name: str) -> None:
         for step in range(6):
             ids = token_ids(4, 65, seed=step, vocabulary=spec.model.vocab_size)
             with engine.micro_step(last=True):
-                have = engine.module(ids[:, :-1], ids[:, 1:]) / 256
-                engine.backward(have)
-            want = plain(ids[:, :-1], ids[:, 1:]) / 256
-            want.backward()
+                have = engine.module(ids[:, :-1], ids[:, 1:])
+                engine.backward(have, torch.tensor(1 / 256))
+            want = plain(ids[:, :-1], ids[:, 1:])
+            (want / 256).backward()
             torch.testing.assert_close(have, want, rtol=1e-5, atol=0)
             for parameter, value in trained.items():
                 assert value.grad is not None and bool(value.grad.any()) == (step > 0 or ".lora_B." in parameter)

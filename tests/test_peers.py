@@ -88,6 +88,7 @@ def test_the_command_measures_by_turns(tmp_path):
     words = ("--tiny", "--starts", "2", "--peers", "ours,plain,torchtitan", "--out", str(out))
     done = started("-m", "benchmarks.peers", *words)
     assert done.returncode == 0, done.stderr
+    assert "torchtitan will not run: torchtitan trains on GPUs alone" in done.stderr.partition("round 1")[0]
     (job,) = json.loads(out.read_text())["jobs"]
     assert job["same_losses"] and job["device"] == "cpu"
     ours, plain, titan = job["rows"]

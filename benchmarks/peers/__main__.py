@@ -161,6 +161,10 @@ def _measure(shape_name: str, ranks: int, names: str, options: argparse.Namespac
         tokens = write_job(job, shape, ranks)
         found = [_peer(name, shape_name, ranks, options.environments) for name in chosen]
         able = [peer for peer, why in found if why is None]
+        _say(f"{shape_name}, {ranks} rank{'s' if ranks > 1 else ''}: {', '.join(peer.name for peer in able)}")
+        for peer, why in found:
+            if why is not None:  # said before the minutes that the others take
+                _say(f"{peer.name} will not run: {why}")
         rows = compare(
             able,
             job,
@@ -169,7 +173,7 @@ def _measure(shape_name: str, ranks: int, names: str, options: argparse.Namespac
             rounds=options.rounds,
             seconds=options.seconds,
             starts=options.starts,
-            say=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
+            say=_say,
         )
         lines = {peer.name: _lines(peer, job) for peer in able}
     rows = [{**row, "lines": lines[row["peer"]]} for row in rows]
@@ -210,6 +214,10 @@ def _lines(peer: Peer, job: Path) -> int:
 
 
 # ---------------------------------------------------------------- telling
+
+
+def _say(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
 
 
 def _show(job: dict[str, Any]) -> None:

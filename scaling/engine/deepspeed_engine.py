@@ -121,8 +121,8 @@ class DeepSpeedEngine:
     def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
         return self._process.begin_sum(values)
 
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss, scale_wrt_gas=False)
+    def backward(self, loss: Tensor, weight: Tensor) -> None:
+        self._engine.backward(loss * weight, scale_wrt_gas=False)
 
     def gradient_norms(self) -> dict[str, Tensor]:
         names = {id(parameter): name for name, parameter in self._parameters.items()}

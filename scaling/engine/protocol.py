@@ -41,7 +41,7 @@ def cut(elements: int, parts: int, index: int) -> slice:
 class Engine(Protocol):
     """A model being trained under one backend.
 
-    Gradients are averaged over the ranks, so the loss that arrives must be scaled by their number (the loop does).
+    Gradients are averaged over the ranks, so the loss must weigh as much more as there are ranks (the loop sees to it).
     """
 
     module: nn.Module
@@ -74,8 +74,8 @@ class Engine(Protocol):
         """
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, which arrives fully scaled."""
+    def backward(self, loss: Tensor, weight: Tensor) -> None:
+        """Add the gradients of `loss` x `weight`, `weight` being an fp32 scalar on the device."""
         ...
 
     def gradient_norms(self) -> dict[str, Tensor]:

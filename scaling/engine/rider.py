@@ -32,10 +32,10 @@ class Rider:
         self._values = values
         return self._sum
 
-    def backward(self, loss: Tensor) -> None:
-        """The backward pass of `loss`, at the end of which DDP brings gradients together."""
+    def backward(self, loss: Tensor, weight: Tensor) -> None:
+        """The backward pass of `loss` x `weight`, at the end of which DDP brings gradients together."""
         self._seat.grad = None
-        torch.autograd.backward((loss, self._seat), (None, self._values))
+        torch.autograd.backward((loss, self._seat), (weight, self._values))
 
     def _sum(self) -> Tensor:
         assert self._seat.grad is not None

@@ -140,12 +140,12 @@ class TorchEngine:
     def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
         return (self._rider or self._process).begin_sum(values)
 
-    def backward(self, loss: Tensor) -> None:
-        loss = loss * self._scaler.scale if self._scaler else loss
+    def backward(self, loss: Tensor, weight: Tensor) -> None:
+        weight = weight * self._scaler.scale if self._scaler else weight
         if self._rider is not None and self._meets:
-            self._rider.backward(loss)
+            self._rider.backward(loss, weight)
         else:
-            loss.backward()
+            loss.backward(weight)
 
     def gradient_norms(self) -> dict[str, Tensor]:
         norms = torch._foreach_norm(self._take_gradients())  # pyright: ignore[reportPrivateImportUsage] - as torch itself
@@ -245,8 +245,9 @@ def _settle_buckets(wrapped: DistributedDataParallel, model: nn.Module, rider: R
     forward = model.forward
     # Gradients in the order of real ones, nearly: from the last parameter to the first, since autograd begins with what
     # was computed last. A bucket can then be reduced while earlier layers still compute.
-    model.forward = lambda: torch.stack([parameter.sum() * 0 for parameter in trainable]).sum()
-    rider.backward(wrapped())
+    model.forward = lambda: torch.stack([parameter.sum() for parameter in trainable]).sum()
+    loss = wrapped()
+    rider.backward(loss, torch.zeros_like(loss))
     wrapped.reducer._rebuild_buckets()  # as the next forward pass would
     model.forward = forward
     for parameter in trainable:

@@ -156,16 +156,16 @@ def play(
             with tape.during("forward", "activations"):
                 loss = rollouts.loss(model.forward())
             with tape.during("backward", "workspace"):
-                scaled = [Storage(tape, FLOAT) for _ in range(2)]
+                weight = Storage(tape, FLOAT)
                 if isinstance(model, Replay):
                     model.backward()
                 else:
                     assert loss is not None
                     node, loss = loss.node, Value(loss.storage, 1)  # the loss is held, what it came from is not
                     assert node is not None, "something trains: the spec refuses others"
-                    backward(tape, node, Storage(tape, FLOAT))
+                    backward(tape, node, weight)
                     del node
-                del scaled
+                del weight
                 engine.end()
         with tape.during("optimizer", "workspace"):
             engine.step()

@@ -50,16 +50,19 @@ class Ranks(Protocol):
 class StepResult:
     """What a step leaves on the device."""
 
-    loss: Tensor
-    """Mean over the target tokens of all ranks; scalar."""
+    row: Tensor
+    """How many ranks were asked to stop, how many cannot save, and the summed loss of each rank; [2 + world_size]."""
+    terms: Tensor | float
+    """What the losses are divided by: the target tokens of all ranks; scalar."""
     grad_norm: Tensor
     """Global 2-norm before clipping; scalar."""
-    losses: Tensor
-    """The summed loss of each rank; [world_size]."""
-    requests: Tensor
-    """How many ranks were asked to stop, and how many cannot save; [2]."""
     gradient_norms: Tensor | None = None
     """Of layers and groups before clipping (`GradientNorms.over_ranks`); None where nobody asks."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean over the terms of all ranks; scalar."""
+        return self.row[2:].sum() / self.terms
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,10 @@ class _Flight:
     lr: dict[str, float]
     loss_scale: float
     lap: Lap
+    terms: float | None
+    """As of `StepResult`; None where they are among the values."""
     values: Tensor
+    """The row of `StepResult`, the norm of the gradient, its terms and the norms of its parts."""
     arrived: "torch.cuda.Event | None"
     reading: _Reading | None
     observed: bool
@@ -204,10 +210,11 @@ class Recorder:
         elif not lap.needs_device:
             self._window.timings.add(lap)
         reading = self._read() if self._is_due(progress.step) else None
-        both = torch.stack((result.loss, result.grad_norm))
-        parts = both[:0] if result.gradient_norms is None else result.gradient_norms
-        values, arrived = self._send(torch.cat((both, result.requests, result.losses, parts)))
-        self._flights.append(_Flight(progress, first_sample, lr, loss_scale, lap, values, arrived, reading, observed))
+        values, arrived, terms = *self._send(_as_one(result)), result.terms
+        terms = None if isinstance(terms, Tensor) else terms
+        self._flights.append(
+            _Flight(progress, first_sample, lr, loss_scale, lap, terms, values, arrived, reading, observed)
+        )
         wait = progress.step == self._last_step or arrived is None
         return [self._land(self._flights.popleft()) for _ in range(len(self._flights) - (0 if wait else 1))]
 
@@ -283,13 +290,14 @@ class Recorder:
     def _land(self, flight: _Flight) -> Landed:
         if flight.arrived is not None:
             flight.arrived.synchronize()  # of an earlier step: the device has the next one to work on
-        loss, norm, stop, save_failed, *rest = flight.values.tolist()
-        losses, parts = rest[: self._plan.world_size], rest[self._plan.world_size :]
+        stop, save_failed, *rest = flight.values.tolist()
+        losses, (norm, *parts) = rest[: self._plan.world_size], rest[self._plan.world_size :]
+        terms = parts.pop(0) if flight.terms is None else flight.terms
         step = flight.progress.step
         landed = Landed(
             step,
             flight.first_sample,
-            loss,
+            sum(losses) / terms,
             norm,
             [rank for rank, own in enumerate(losses) if not math.isfinite(own)],
             not math.isfinite(norm),
@@ -398,3 +406,13 @@ class _Window:
     def seconds(self) -> float:
         """Of a step, the mean up to now without pauses."""
         return (time.perf_counter() - self._began - sum(self.pauses.values())) / self.steps
+
+
+def _as_one(result: StepResult) -> Tensor:
+    """All numbers of a step, which then come to the host together."""
+    parts = [result.row, result.grad_norm.view(1)]
+    if isinstance(result.terms, Tensor):
+        parts.append(result.terms.view(1))
+    if result.gradient_norms is not None:
+        parts.append(result.gradient_norms)
+    return torch.cat(parts)
