@@ -178,6 +178,7 @@ def train_step(
             weight = torch.rsub(own, scale, alpha=0)
             with clock.backward(loss):
                 engine.backward(loss, weight)
+            del loss, own  # of the first `total` is all there is: no later micro-step is to hold more than the second
     assert told is not None
     with clock.phase("optimizer"):
         parts = None if norms is None else norms.over_ranks(engine.gradient_norms(), process)
