@@ -43,6 +43,15 @@ def take(taker, step, loss=2.0, norm=1.0, losses=None, loss_scale=1.0):
     return landed
 
 
+@pytest.mark.parametrize("terms", [8.0, torch.tensor(8.0)], ids=["known", "counted"])
+def test_the_loss_is_the_mean_over_the_terms_of_all_ranks(terms):
+    kept = Memory()
+    taker = recorder(kept, interval=1)
+    result = StepResult(torch.tensor([0.0, 0.0, 3.0, 1.0]), terms, torch.tensor(2.0))
+    (landed,) = taker.step(Progress(1, 8, 128), 0, result, lr={"all": 0.1}, loss_scale=1.0)
+    assert (landed.loss, landed.grad_norm, result.loss.item()) == (0.5, 2.0, 0.5)
+
+
 def test_every_interval_and_the_last_step_are_recorded():
     kept = Memory()
     taker = recorder(kept)
