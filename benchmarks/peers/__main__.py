@@ -161,7 +161,7 @@ def _measure(shape_name: str, ranks: int, names: str, options: argparse.Namespac
         tokens = write_job(job, shape, ranks)
         found = [_peer(name, shape_name, ranks, options.environments) for name in chosen]
         able = [peer for peer, why in found if why is None]
-        _say(f"{shape_name}, {ranks} rank{'s' if ranks > 1 else ''}: {', '.join(peer.name for peer in able)}")
+        _say(f"{_called(shape_name, ranks)}: {', '.join(peer.name for peer in able)}")
         for peer, why in found:
             if why is not None:  # said before the minutes that the others take
                 _say(f"{peer.name} will not run: {why}")
@@ -220,8 +220,12 @@ def _say(line: str) -> None:
     print(f"  {line}", file=sys.stderr, flush=True)
 
 
+def _called(shape: str, ranks: int) -> str:
+    return f"{shape}, {ranks} rank{'s' if ranks > 1 else ''}"
+
+
 def _show(job: dict[str, Any]) -> None:
-    what = f"{job['shape']}, {job['ranks']} rank{'s' if job['ranks'] > 1 else ''} on the {job['device']}"
+    what = f"{_called(job['shape'], job['ranks'])} on the {job['device']}"
     print(f"\n{what}: {job['tokens_per_step']} tokens a step; first {LOSSES} losses within {_most_apart(job):.1e}")
     words = f"{'tokens/s':>10}{'of ours':>9}{'half within':>16}{'CPU s/step':>12}{'of ours':>9}"
     print(f"{'':24}{words}{'peak':>11}{'start':>8}{'lines':>7}")

@@ -210,8 +210,8 @@ class Recorder:
         elif not lap.needs_device:
             self._window.timings.add(lap)
         reading = self._read() if self._is_due(progress.step) else None
-        values, arrived, terms = *self._send(_as_one(result)), result.terms
-        terms = None if isinstance(terms, Tensor) else terms
+        values, arrived = self._send(_as_one(result))
+        terms = None if isinstance(result.terms, Tensor) else result.terms
         self._flights.append(
             _Flight(progress, first_sample, lr, loss_scale, lap, terms, values, arrived, reading, observed)
         )
